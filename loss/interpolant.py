@@ -1,0 +1,54 @@
+"""The path between data (t = 0) and noise (t = 1): x_t = alpha(t) z + sigma(t) eps.
+
+Stochastic interpolants (SiT, arXiv 2401.08740, Sec. 2). One place for the coefficients: training
+and sampling both read them here. All functions take t (N,) or a scalar tensor.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+PATHS = ("linear", "cosine")
+
+
+class Coefficients(NamedTuple):
+    """alpha, sigma and their derivatives by t, each of t's shape."""
+
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+    d_alpha: torch.Tensor
+    d_sigma: torch.Tensor
+
+
+def coefficients(t: torch.Tensor, path: str = "linear") -> Coefficients:
+    """linear: 1 - t, t; cosine: cos(pi t / 2), sin(pi t / 2)."""
+    if path == "linear":
+        return Coefficients(1 - t, t, -torch.ones_like(t), torch.ones_like(t))
+    assert path == "cosine", path
+    angle = t * (math.pi / 2)
+    cos, sin = angle.cos(), angle.sin()
+    return Coefficients(cos, sin, -math.pi / 2 * sin, math.pi / 2 * cos)
+
+
+def interpolate(
+    z_n: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, path: str = "linear"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised latent and noise (N, C, h, w) at t (N,) => x_t and its velocity v = dx_t/dt."""
+    alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1, 1) for c in coefficients(t, path))
+    return alpha * z_n + sigma * eps, d_alpha * z_n + d_sigma * eps
+
+
+def score_from_velocity(
+    v: torch.Tensor, x: torch.Tensor, t: torch.Tensor, path: str = "linear"
+) -> torch.Tensor:
+    """Score of the marginal at scalar time t in (0, 1] from the velocity at x, both (N, C, h, w)."""
+    alpha, sigma, d_alpha, d_sigma = coefficients(t, path)
+    ratio = alpha / d_alpha
+    return (ratio * v - x) / (sigma**2 - ratio * d_sigma * sigma)
+
+
+def time_from_normal(n: torch.Tensor, path: str = "linear") -> torch.Tensor:
+    """Standard normal (N,) => log-normal times in (0, 1): noise-to-data ratio s = exp(n)."""
+    s = n.exp()
+    return s / (1 + s) if path == "linear" else 2 / math.pi * s.atan()

@@ -1,0 +1,1 @@
+"""Networks: no loss, no noise, nothing that knows how they are trained."""

@@ -1,0 +1,56 @@
+"""PatchGAN discriminator (pix2pix, arXiv 1611.07004), as the latent-diffusion VAEs were trained with."""
+
+import torch
+import torch.nn as nn
+
+from models.errors import UserError
+from models.latent_norm import JointBatchNorm2d
+
+
+class PatchGAN(nn.Module):
+    """Convolutions of stride 2 that judge overlapping patches; one logit a patch, higher = real.
+
+    `norm="batch"` is the published one (its moments span all ranks, so the number of GPUs does not
+    change the update); `"group"` has no statistics across images, so that gradient accumulation
+    equals the big batch exactly. Keys `main.N.*` are those of the published discriminators.
+    """
+
+    def __init__(self, layers: int = 3, channels: int = 64, norm: str = "batch", in_channels: int = 3):
+        super().__init__()
+        assert norm in ("batch", "group"), norm
+        self.layers = layers
+        stack = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = channels
+        for n in range(1, layers + 1):
+            wider = channels * min(2**n, 8)
+            stride = 2 if n < layers else 1
+            stack.append(nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False))
+            stack.append(JointBatchNorm2d(wider) if norm == "batch" else nn.GroupNorm(8, wider))
+            stack.append(nn.LeakyReLU(0.2))
+            width = wider
+        stack.append(nn.Conv2d(width, 1, 4, stride=1, padding=1))
+        self.main = nn.Sequential(*stack)
+        self.apply(_initialize)
+
+    def forward(self, *batches: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Images (N, 3, H, W) in [-1, 1] => logits (N, 1, H', W'), batch by batch.
+
+        Real and fake go in one call but never in one batch: DDP wants one forward a backward, and
+        batch moments over both would tell the discriminator which is which.
+        """
+        return tuple(self.main(x) for x in batches)
+
+    def check_resolution(self, resolution: int) -> None:
+        """Raise `UserError` if images of `resolution` pixels leave no patch to judge."""
+        if resolution // 2**self.layers < 3:
+            raise UserError(
+                f"disc.layers={self.layers} leaves no patch of a {resolution} px image: lower it"
+            )
+
+
+def _initialize(module: nn.Module) -> None:
+    """pix2pix: convolutions N(0, 0.02), norm weights N(1, 0.02)."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+        nn.init.normal_(module.weight, 1.0, 0.02)

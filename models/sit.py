@@ -1,0 +1,257 @@
+"""SiT: the scalable interpolant transformer (arXiv 2401.08740), with REPA's projectors and latent norm.
+
+DiT blocks (arXiv 2212.09748) with adaLN-zero. The network knows nothing of noise, paths or losses,
+and draws nothing at random: dropped labels arrive as the null label. State-dict keys are those of
+the published REPA-E checkpoints.
+
+N batch, C latent channels, h w latent grid, p patch, T = (h/p)(w/p) tokens, D width.
+x_t noised normalised latent, t time in [0, 1] (0 = data, 1 = noise), y label, v velocity.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+from models.latent_norm import LatentNorm
+from models.projector import build_projector
+
+_SHAPES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+SIZES = {
+    f"SiT-{name}/{patch}": dict(hidden_size=d, depth=depth, num_heads=heads, patch_size=patch)
+    for name, (d, depth, heads) in _SHAPES.items()
+    for patch in (1, 2, 4, 8)
+}
+
+
+class PatchEmbed(nn.Module):
+    """(N, C, h, w) => (N, T, D), row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """(N,) => (N, D): 128 cosines and 128 sines of t itself (not of 1000 t), then an MLP."""
+
+    def __init__(self, hidden_size: int, frequencies: int = 256, max_period: float = 10000.0):
+        super().__init__()
+        self.frequencies, self.max_period = frequencies, max_period
+        self.mlp = nn.Sequential(
+            nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        half = self.frequencies // 2
+        k = torch.arange(half, device=t.device, dtype=torch.float32)
+        angles = t.float()[:, None] * torch.exp(-math.log(self.max_period) / half * k)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """(N,) int64 => (N, D). The last row is the null label of classifier-free guidance, if any."""
+
+    def __init__(self, num_classes: int, hidden_size: int, null_row: bool):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + null_row, hidden_size)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """(N, T, D) => (N, T, D), multi-head self-attention with optional QK-norm."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool):
+        super().__init__()
+        assert hidden_size % num_heads == 0, (hidden_size, num_heads)
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        head_dim = hidden_size // num_heads
+        self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(h).unflatten(2, (3, self.num_heads, -1))  # (N, T, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        h = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, D/heads)
+        return self.proj(h.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """(N, T, D) => (N, T, D), tanh-GELU."""
+
+    def __init__(self, hidden_size: int, mlp_ratio: float):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, int(hidden_size * mlp_ratio))
+        self.fc2 = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+
+
+def modulate(h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(N, T, D) by (N, D) and (N, D)."""
+    return h * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """adaLN-zero block: attention and MLP, each scaled, shifted and gated by the condition c (N, D)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        h = h + gate_a[:, None] * self.attn(modulate(self.norm1(h), shift_a, scale_a))
+        return h + gate_m[:, None] * self.mlp(modulate(self.norm2(h), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    """(N, T, D) => (N, T, p * p * C)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(h), shift, scale))
+
+
+class SiT(ModelMixin, ConfigMixin):
+    """Velocity network v(x_t, t, y), its alignment heads, and the norm of the latents it lives in.
+
+    `encoder_dims`: one projector for each aligned encoder, () for none. `align_depth`: the block
+    (1-based) whose output is projected. `latent_norm`: "batch" (REPA-E: batch statistics in train
+    mode) or "fixed" (constants, for a frozen VAE). `class_dropout_prob=0` builds no null label.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        encoder_dims: tuple[int, ...] = (768,),
+        align_depth: int = 8,
+        projector: str = "mlp",
+        qk_norm: bool = False,
+        mlp_ratio: float = 4.0,
+        projector_dim: int = 2048,
+        latent_norm: str = "batch",
+    ):
+        super().__init__()
+        assert input_size % patch_size == 0, (input_size, patch_size)
+        assert 1 <= align_depth <= depth or not encoder_dims, (align_depth, depth)
+        self.grid = input_size // patch_size
+        self.gradient_checkpointing = False
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob > 0)
+        # A buffer: never trained, yet part of the state dict, because published checkpoints carry
+        # one that was trained by accident and belongs to their weights.
+        self.register_buffer("pos_embed", sincos_pos_embed(hidden_size, self.grid)[None])
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
+        )
+        self.projectors = nn.ModuleList(
+            build_projector(projector, hidden_size, dim, projector_dim) for dim in encoder_dims
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.bn = LatentNorm(in_channels, fixed=latent_norm == "fixed")
+        self.initialize()
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for "no class" in classifier-free guidance; None if there is none."""
+        return self.config.num_classes if self.config.class_dropout_prob > 0 else None
+
+    def forward(
+        self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor, stop_at_align: bool = False
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Velocity and projected tokens.
+
+        x_t (N, C, h, w), t (N,), y (N,) int64 => v (N, C, h, w), feats [(N, T, D_enc), ...].
+        With `stop_at_align` only blocks 1..align_depth and the projectors run, and v is None.
+        """
+        h = self.x_embedder(x_t) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        feats = []
+        for number, block in enumerate(self.blocks, start=1):
+            h = self._run(block, h, c)  # (N, T, D)
+            if number == self.config.align_depth:
+                feats = [projector(h) for projector in self.projectors]
+                if stop_at_align:
+                    return None, feats
+        return self.unpatchify(self.final_layer(h, c)), feats
+
+    def normalize(self, z: torch.Tensor) -> torch.Tensor:
+        """Latent => normalised latent, (N, C, h, w); by batch statistics in train mode."""
+        return self.bn(z)
+
+    def denormalize(self, z_n: torch.Tensor) -> torch.Tensor:
+        """Normalised latent => latent, (N, C, h, w), by the running statistics."""
+        return self.bn.inverse(z_n)
+
+    def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
+        """(N, T, p * p * C) => (N, C, h, w); inside a patch: row, column, channel."""
+        p, c, g = self.config.patch_size, self.config.in_channels, self.grid
+        x = patches.unflatten(2, (p, p, c)).unflatten(1, (g, g))  # (N, g, g, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def _run(self, block: nn.Module, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, h, c)
+        return block(h, c)
+
+    def initialize(self) -> None:
+        """DiT's initialisation: the output is zero, and so is what every block adds."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patch = self.x_embedder.proj  # as a linear layer on the flattened patch
+        nn.init.xavier_uniform_(patch.weight.flatten(1))
+        nn.init.zeros_(patch.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        modulations = [block.adaLN_modulation[1] for block in self.blocks]
+        for layer in (*modulations, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+def sincos_pos_embed(dim: int, grid: int) -> torch.Tensor:
+    """(grid * grid, D) float32, row by row: the first half of D encodes the column, the second the
+    row (the order of MAE and DiT); in each, sines then cosines of D/4 frequencies."""
+    assert dim % 4 == 0, dim
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, D/4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
+    column, row = line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)
+    return torch.cat([column, row], dim=1).float()

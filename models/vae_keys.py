@@ -1,0 +1,152 @@
+"""State dicts of VAEs: reading them, bringing older key names to those of diffusers, strictness.
+
+Two older dialects exist: CompVis/latent-diffusion (`encoder.down.0.block.1.conv1.weight`; also what
+the REPA-E authors first published), and diffusers before 0.18, whose attention layers were called
+`query`, `key`, `value`, `proj_attn` (stabilityai/sd-vae-ft-mse is still stored so).
+diffusers' own CompVis converter drops per-level attention, hence cannot read f16d32: this one can.
+"""
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.errors import UserError
+
+# (pattern, replacement), applied in this order; `up` is separate because its levels count backwards
+COMPVIS = [
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d+)\.attn\.", r".down_blocks.\1.attentions."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up_blocks\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
+    (r"\.up_blocks\.(\d+)\.attn\.", r".up_blocks.\1.attentions."),
+    (r"\.up_blocks\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"\.mid\.block_1\.", r".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", r".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", r".mid_block.attentions.0."),
+    (r"\.nin_shortcut\.", r".conv_shortcut."),
+    (r"\.norm_out\.", r".conv_norm_out."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+]
+OLD_DIFFUSERS = [
+    (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
+    (r"(attentions\.\d+)\.key\.", r"\1.to_k."),
+    (r"(attentions\.\d+)\.value\.", r"\1.to_v."),
+    (r"(attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
+]
+# CompVis attention is made of 1x1 convolutions, diffusers' of linear layers with the same numbers
+ATTENTION_MATRIX = re.compile(r"attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
+
+
+def is_compvis(state: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith(("encoder.down.", "decoder.up.")) for key in state)
+
+
+def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Any dialect => today's diffusers keys (those are left alone). Keys it does not know pass
+    through, so that a strict load reports them; `loss.*` of a CompVis file (the discriminator and
+    LPIPS, stored beside the autoencoder) is dropped."""
+    if not is_compvis(state):
+        return {_rename(key, OLD_DIFFUSERS): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith("loss.")}
+    levels = max(_count(state, r"encoder\.down\.(\d+)\."), _count(state, r"decoder\.up\.(\d+)\."))
+    converted = {}
+    for key, value in state.items():
+        key = re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", key)
+        key = _rename(key, COMPVIS)
+        if ATTENTION_MATRIX.search(key) and value.ndim == 4:
+            value = value[:, :, 0, 0]
+        converted[key] = value
+    return converted
+
+
+def _rename(key: str, rules: list[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def infer_config(state: Mapping[str, Tensor], origin) -> dict:
+    """Config of the AutoencoderKL that holds these diffusers-named weights.
+
+    Everything but the number of norm groups shows in the shapes; that is 32 in every published
+    file. Raises `UserError` where `origin` is not such an autoencoder.
+    """
+
+    def size(key: str, axis: int) -> int:
+        if key not in state:
+            raise UserError(
+                f"{origin} is no CompVis autoencoder: it has no {key} (a diffusers name); give a "
+                f"diffusers folder, or a short name with vae.weights={origin}"
+            )
+        return state[key].shape[axis]
+
+    levels = _count(state, r"encoder\.down_blocks\.(\d+)\.")
+    attn = [f"encoder.down_blocks.{i}.attentions.0.to_q.weight" in state for i in range(levels)]
+    conv = "encoder.down_blocks.{}.resnets.0.conv2.weight"
+    channels = [size(conv.format(i), 0) for i in range(max(levels, 1))]
+    latent_channels = size("decoder.conv_in.weight", 1)
+    # such a file carries no scaling factor: that of Stable Diffusion for its geometry, else none
+    scaling_factor = 0.18215 if (levels, latent_channels) == (4, 4) else 1.0
+    return {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": channels,
+        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attn],
+        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in attn[::-1]],
+        "layers_per_block": _count(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "latent_channels": latent_channels,
+        "use_quant_conv": "quant_conv.weight" in state,
+        "use_post_quant_conv": "post_quant_conv.weight" in state,
+        "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in state,
+        "norm_num_groups": 32,
+        "sample_size": 256,
+        "scaling_factor": scaling_factor,
+    }
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """1 + the largest index that `pattern` finds among the keys; 0 if it finds none."""
+    return 1 + max((int(m[1]) for key in state if (m := re.match(pattern, key))), default=-1)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """State dict of a .safetensors or a .pt / .ckpt (bare, or under "state_dict"), on the CPU."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+        raise UserError(
+            f"{path} is not a file of plain tensors, and nothing else is ever unpickled "
+            f"({str(error).splitlines()[0][:120]}); for a training checkpoint of the official code "
+            "run scripts/import_official.py"
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f'{path} is neither a state dict nor a dict with one under "state_dict"')
+    return state
+
+
+def require_match(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], origin, what: str):
+    """`UserError` unless both have the same keys and shapes; it lists the first three of a kind."""
+    wrong = [k for k in expected if k in state and expected[k].shape != state[k].shape]
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(expected[k].shape)}" for k in wrong]
+    kinds = {
+        "missing": [k for k in expected if k not in state],
+        "unexpected": [k for k in state if k not in expected],
+        "of another shape": shapes,
+    }
+    found = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in kinds.items()
+        if keys
+    ]
+    if found:
+        raise UserError(f"weights of {origin} do not fit {what}: tensors {'; '.join(found)}")

@@ -1,0 +1,337 @@
+"""Pack a data set once, so that training reads raw pixels: no decoding, O(1) access, exact resume.
+
+    python scripts/prepare_data.py SRC OUT --resolution 256
+
+SRC is a folder of class folders (or of images), or the official HDF5 layout (--source hdf5). Images
+are cropped as ADM does. Interrupted? Run the same command again: finished shards are kept.
+
+OUT: shard-00000.npy ... (n, R, R, 3) uint8, each with a .json of its keys, labels and skipped
+images; plan.json (what OUT was begun with); labels.npy, keys.txt, skipped.txt; last, meta.json.
+"""
+
+import argparse
+import fcntl
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.errors import UserError
+from utils.cli import run
+from utils.data import open_source
+from utils.images import CROP_VERSION, UnreadableImageError
+from utils.sources import PACKED_FORMAT, FolderSource, Hdf5Source, shard_name
+
+Listed: TypeAlias = FolderSource | Hdf5Source
+
+
+class Shard(NamedTuple):
+    """Images start .. end - 1 of the listing; `path` is its final name."""
+
+    path: Path
+    start: int
+    end: int
+
+    @property
+    def record(self) -> Path:
+        return self.path.with_suffix(".json")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("src", type=Path, help="folder of the source images")
+    parser.add_argument("out", type=Path, help="folder to write; not inside SRC")
+    parser.add_argument("--resolution", type=_positive, default=256, help="pixels (256)")
+    parser.add_argument("--source", choices=("folder", "hdf5"), default="folder")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: none")
+    parser.add_argument("--shard-size", type=_positive, default=32768, help="images (32768)")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the disk need, stop")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 1 or more")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    check_places(args.src, args.out)
+    print(f"listing {args.src} ...", flush=True)
+    source = open_source(args.source, args.src, args.resolution)
+    plan = make_plan(source, args)
+    check_plan(args.out, plan)
+    starts = range(0, len(source), args.shard_size)
+    shards = [
+        Shard(args.out / shard_name(i), start, min(start + args.shard_size, len(source)))
+        for i, start in enumerate(starts)
+    ]
+    row_bytes = 3 * args.resolution**2
+    todo = [shard for shard in shards if not is_finished(shard, row_bytes)]
+    check_disk(args.out, sum(shard.end - shard.start for shard in todo) * row_bytes)
+    if args.dry_run:
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    with locked(args.out):
+        if todo:
+            (args.out / "meta.json").unlink(missing_ok=True)
+            write_json(args.out / "plan.json", plan)
+            done = len(source) - sum(shard.end - shard.start for shard in todo)
+            pack(source, todo, args.workers, done)
+        report = finish(args.out, shards, source, plan)
+    print(report)
+    return 0
+
+
+def check_places(src: Path, out: Path) -> None:
+    if out.resolve() == src.resolve() or src.resolve() in out.resolve().parents:
+        raise UserError(f"OUT {out} lies inside SRC {src}; choose another OUT")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"OUT {out} is a file; choose another OUT")
+
+
+def make_plan(source: Listed, args: argparse.Namespace) -> dict:
+    """What must not change between two runs that share an OUT."""
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        if "\n" in source.key(i):
+            raise UserError(f"{source.key(i)!r} has a line break in its name; rename it")
+        line = f"{source.key(i)}\t{int(source.labels[i])}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    for size in source.sizes():
+        digest.update(f"{size}\n".encode())
+    return {
+        "format": PACKED_FORMAT,
+        "crop_version": CROP_VERSION,
+        "resolution": args.resolution,
+        "shard_size": args.shard_size,
+        "source": args.source,
+        "num_listed": len(source),
+        "source_sha256": digest.hexdigest(),
+    }
+
+
+def check_plan(out: Path, plan: dict) -> None:
+    """Refuse an OUT that holds something else, or was begun differently."""
+    path = out / "plan.json"
+    if not path.exists():
+        foreign = [p.name for p in out.iterdir() if p.suffix != ".tmp"] if out.exists() else []
+        if [name for name in foreign if name != ".lock"]:
+            raise UserError(f"OUT {out} holds other files ({foreign[0]}); choose an empty folder")
+        return
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in plan.items():
+        if begun.get(name) != value:
+            text = f"{out} was begun with {name}={begun.get(name)}, now it is {value}"
+            raise UserError(f"{text}; use the same SRC and settings, or another OUT")
+
+
+def is_finished(shard: Shard, row_bytes: int) -> bool:
+    """The record is written after the pixels, so where it is whole, they are."""
+    if not (shard.record.is_file() and shard.path.is_file()):
+        return False
+    kept = len(json.loads(shard.record.read_text(encoding="utf-8"))["keys"])
+    return shard.path.stat().st_size >= kept * row_bytes
+
+
+def check_disk(out: Path, need: int) -> None:
+    existing = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    sizes = f"{_size(need)} still to write, {_size(free)} free at {existing}"
+    print(sizes, flush=True)
+    if need > free:
+        raise UserError(f"not enough disk: {sizes}; free some or choose another OUT")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """One run per OUT. The lock is the process's own: workers left by a kill do not hold it."""
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another run writes {out}; wait for it, or stop it") from None
+        yield
+
+
+# ---- worker side -------------------------------------------------------------------------------
+
+_source: Listed | None = None  # set once per worker: it is too large to travel with every task
+
+
+def start_worker(source: Listed) -> None:
+    set_source(source)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def set_source(source: Listed) -> None:
+    global _source
+    _source = source
+    open_rows.cache_clear()
+
+
+def _die_with_parent() -> None:
+    """An executor's workers would outlive a killed parent."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@functools.lru_cache(maxsize=1)
+def open_rows(path: str) -> np.ndarray:
+    return np.load(path, mmap_mode="r+")
+
+
+def pack_image(task: tuple[str, int, int]) -> str | None:
+    """Write one image into its row of the shard; the reason if it is unreadable, else None."""
+    path, row, index = task
+    try:
+        image, _ = _source[index]
+    except UnreadableImageError as error:
+        return error.reason
+    open_rows(path)[row] = image.permute(1, 2, 0).numpy()
+    return None
+
+
+# ---- parent side -------------------------------------------------------------------------------
+
+
+def pack(source: Listed, todo: list[Shard], workers: int, done: int) -> None:
+    """Write the shards in `todo` one after the other, each with all workers."""
+    if workers < 1:
+        set_source(source)
+        return pack_with(lambda tasks: map(pack_image, tasks), source, todo, done)
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(source,)) as pool:
+        chunk = max(1, min(32, (todo[0].end - todo[0].start) // (4 * workers)))
+        try:
+            mapper = functools.partial(pool.map, pack_image, chunksize=chunk)
+            pack_with(mapper, source, todo, done)
+        except BrokenProcessPool:
+            text = f"one of {workers} workers died (out of memory?); run the same command again"
+            raise UserError(f"{text}, or with fewer --workers") from None
+        except KeyboardInterrupt:
+            raise UserError("interrupted; run the same command again to continue") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def pack_with(mapper: Callable, source: Listed, todo: list[Shard], done: int) -> None:
+    pace = {"smoothing": 0.05, "mininterval": 0.5 if sys.stderr.isatty() else 30}  # s; 30: logs
+    with tqdm(total=len(source), initial=done, unit=" images", **pace) as bar:
+        for shard in todo:
+            temp = create_rows(shard, source.resolution)
+            indices = range(shard.start, shard.end)
+            reasons = []
+            for reason in mapper([(str(temp), row, i) for row, i in enumerate(indices)]):
+                reasons.append(reason)
+                bar.update()
+            close_shard(shard, temp, source, reasons)
+
+
+def create_rows(shard: Shard, resolution: int) -> Path:
+    """An empty shard under a temporary name; a fresh file, which no left-over worker has open."""
+    temp = shard.path.with_suffix(".tmp")
+    temp.unlink(missing_ok=True)
+    shape = (shard.end - shard.start, resolution, resolution, 3)
+    rows = np.lib.format.open_memmap(temp, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):  # a full disk would else kill the workers that write to it
+        with open(temp, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, rows.offset + rows.nbytes)
+            except OSError as error:
+                raise UserError(f"cannot write {temp}: {error.strerror}; free some disk") from error
+    return temp
+
+
+def close_shard(shard: Shard, temp: Path, source: Listed, reasons: list[str | None]) -> None:
+    """Close the gaps of unreadable images, make the file durable, give it its name and record."""
+    kept = [row for row, reason in enumerate(reasons) if reason is None]
+    rows = np.load(temp, mmap_mode="r+")
+    for new, old in enumerate(kept):
+        if new != old:
+            rows[new] = rows[old]
+    rows.flush()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(kept), *rows.shape[1:])}
+    with open(temp, "r+b") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        assert file.tell() == rows.offset  # numpy pads headers so that the first axis can change
+        file.truncate(rows.offset + len(kept) * rows[0].nbytes)
+        os.fsync(file.fileno())
+    os.replace(temp, shard.path)
+    record = {
+        "keys": [source.key(shard.start + row) for row in kept],
+        "labels": [int(source.labels[shard.start + row]) for row in kept],
+        "skipped": [
+            [source.key(shard.start + row), " ".join(reason.split())]
+            for row, reason in enumerate(reasons)
+            if reason is not None
+        ],
+    }
+    write_json(shard.record, record)
+
+
+def finish(out: Path, shards: list[Shard], source: Listed, plan: dict) -> str:
+    """Join the shards' records, write meta.json last, and return the line to print."""
+    records = [json.loads(shard.record.read_text(encoding="utf-8")) for shard in shards]
+    keys = [key for record in records for key in record["keys"]]
+    skipped = [f"{key}\t{reason}" for record in records for key, reason in record["skipped"]]
+    write_atomic(out / "skipped.txt", _lines(skipped))
+    if not keys:
+        raise UserError(f"none of the {len(source)} images is readable; see {out / 'skipped.txt'}")
+    labels = np.array([label for record in records for label in record["labels"]], dtype=np.int64)
+    write_atomic(out / "labels.npy", lambda file: np.save(file, labels))
+    write_atomic(out / "keys.txt", _lines(keys))
+    lengths = [len(record["keys"]) for record in records]
+    counts = {"num_images": len(keys), "num_skipped": len(skipped), "shards": lengths}
+    write_json(out / "meta.json", plan | counts | {"classes": source.classes})
+    size = sum(shard.path.stat().st_size for shard in shards)
+    return (
+        f"packed {len(keys)} images, {source.num_classes} classes, {len(skipped)} skipped, "
+        f"{size} bytes; use: data.source=packed data.path={out} data.resolution={source.resolution}"
+    )
+
+
+def _lines(lines: list[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_atomic(path: Path, content: bytes | Callable) -> None:
+    """Write to a temporary name, make durable, rename: the file is whole or not there."""
+    temp = path.with_name(path.name + ".tmp")
+    with open(temp, "wb") as file:
+        content(file) if callable(content) else file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temp, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,543 @@
+"""The VAEs: table, formats on disk, strictness, and what training needs of `forward`.
+
+    python -m pytest tests/models/test_vae.py        (CPU, no network)
+
+The CompVis networks below are written from the published layout of that format (names and
+arithmetic), independently of `models/vae_keys.py`: they are what that mapping is checked against.
+"""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from models.errors import UserError
+from models.vae import VAES, build_vae, load_vae
+
+TINY = {  # name: parameters, latent of a 64 px image
+    "tiny-f8d4": (67_231, (4, 8, 8)),
+    "tiny-f8d16": (72_347, (16, 8, 8)),
+    "tiny-f16d32": (78_651, (32, 4, 4)),
+    "tiny-qwen": (188_211, (16, 8, 8)),
+}
+
+
+# ---------------------------------------------------------------- CompVis reference networks
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, c_in, 1e-6), nn.Conv2d(c_in, c_out, 3, 1, 1)
+        self.norm2, self.conv2 = nn.GroupNorm(32, c_out, 1e-6), nn.Conv2d(c_out, c_out, 3, 1, 1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, c, 1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2) for f in (self.q, self.k, self.v))  # (N, C, T)
+        weight = torch.softmax(torch.einsum("nct,ncs->nts", q, k) / q.shape[1] ** 0.5, dim=2)
+        return x + self.proj_out(torch.einsum("nts,ncs->nct", weight, v).view_as(x))
+
+
+class Resample(nn.Module):
+    def __init__(self, c, stride):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride, padding=0 if stride == 2 else 1)
+
+    def forward(self, x):
+        if self.conv.stride == (2, 2):
+            return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def level(c_in, c_out, blocks, attn):
+    part = nn.Module()
+    part.block = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out) for j in range(blocks))
+    part.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attn else 0))
+    return part
+
+
+def run_level(part, h):
+    for j, block in enumerate(part.block):
+        h = block(h)
+        h = part.attn[j](h) if len(part.attn) else h
+    return h
+
+
+class Half(nn.Module):
+    """Parts that encoder and decoder share."""
+
+    def frame(self, c_in, c_first, c_mid, c_last, c_out):
+        self.conv_in = nn.Conv2d(c_in, c_first, 3, 1, 1)
+        self.mid = nn.Module()
+        self.mid.block_1, self.mid.attn_1 = ResBlock(c_mid, c_mid), AttnBlock(c_mid)
+        self.mid.block_2 = ResBlock(c_mid, c_mid)
+        self.norm_out = nn.GroupNorm(32, c_last, 1e-6)
+        self.conv_out = nn.Conv2d(c_last, c_out, 3, 1, 1)
+
+    def middle(self, h):
+        return self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+
+    def out(self, h):
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class CompVisEncoder(Half):
+    def __init__(self, widths, latent, attn):
+        super().__init__()
+        self.frame(3, widths[0], widths[-1], widths[-1], 2 * latent)
+        last, ins = len(widths) - 1, (widths[0], *widths)
+        self.down = nn.ModuleList(
+            level(ins[i], c, 2, attn and i == last) for i, c in enumerate(widths)
+        )
+        for i, c in enumerate(widths[:-1]):
+            self.down[i].downsample = Resample(c, 2)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for part in self.down:
+            h = run_level(part, h)
+            h = part.downsample(h) if hasattr(part, "downsample") else h
+        return self.out(self.middle(h))
+
+
+class CompVisDecoder(Half):
+    def __init__(self, widths, latent, attn):
+        super().__init__()
+        self.frame(latent, widths[-1], widths[-1], widths[0], 3)
+        last, ins = len(widths) - 1, (*widths[1:], widths[-1])
+        self.up = nn.ModuleList(
+            level(ins[i], c, 3, attn and i == last) for i, c in enumerate(widths)
+        )
+        for i, c in enumerate(widths):
+            if i > 0:
+                self.up[i].upsample = Resample(c, 1)
+
+    def forward(self, z):
+        h = self.middle(self.conv_in(z))
+        for part in reversed(self.up):
+            h = run_level(part, h)
+            h = part.upsample(h) if hasattr(part, "upsample") else h
+        return self.out(h)
+
+
+class CompVisVAE(nn.Module):
+    def __init__(self, widths, latent, attn):
+        super().__init__()
+        self.encoder = CompVisEncoder(widths, latent, attn)
+        self.decoder = CompVisDecoder(widths, latent, attn)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+        for parameter in self.parameters():  # every tensor must matter, norms and biases too
+            nn.init.normal_(parameter, std=0.1) if parameter.ndim == 1 else None
+            parameter.data += parameter.ndim == 1
+
+
+F8D4 = {"widths": (32, 32, 64, 64), "latent": 4, "attn": False}
+F16D32 = {"widths": (32, 32, 32, 64, 64), "latent": 32, "attn": True}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def compvis_file(path: Path, shape=F8D4, edit=lambda state: state) -> tuple[CompVisVAE, str]:
+    net = CompVisVAE(**shape)
+    torch.save(edit(net.state_dict()), path)
+    return net, str(path)
+
+
+def perturbed(name: str):
+    """A tiny VAE in which norms and biases matter too."""
+    vae = build_vae(name)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return vae
+
+
+# ---------------------------------------------------------------- table and geometry
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_family(name):
+    params, latent = TINY[name]
+    vae = build_vae(name)
+    assert sum(p.numel() for p in vae.parameters()) == params
+    assert vae.latent_shape(64) == latent
+    posterior, z, x_hat = vae(torch.rand(2, 3, 64, 64) * 2 - 1)
+    assert z.shape == posterior.mean.shape == posterior.std.shape == (2, *latent)
+    assert posterior.kl().shape == (2,)
+    assert x_hat.shape == (2, 3, 64, 64)
+    assert {t.dtype for t in (z, x_hat, posterior.mean, posterior.std)} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "latent"),
+    [
+        ("sdvae", 83_653_863, (4, 32, 32)),
+        ("flux", 83_819_683, (16, 32, 32)),
+        ("sd3.5", 83_819_683, (16, 32, 32)),
+        ("qwenimage", 126_892_531, (16, 32, 32)),
+        ("invae", 69_836_067, (32, 16, 16)),
+    ],
+)
+def test_full_size_on_the_meta_device(name, params, latent):
+    with torch.device("meta"):
+        vae = build_vae(name)
+    assert sum(p.numel() for p in vae.parameters()) == params
+    assert vae.latent_shape(256) == latent
+
+
+def test_quickstart_vae_halves_the_resolution_and_has_no_attention():
+    vae = build_vae("tiny-f2d4")
+    assert vae.downsample_factor == 2 and vae.latent_shape(16) == (4, 8, 8)
+    assert not any("attentions" in key for key in vae.state_dict())
+    assert vae(torch.zeros(1, 3, 16, 16))[2].shape == (1, 3, 16, 16)
+
+
+def test_every_own_config_has_sample_size_256():
+    for name in VAES:
+        with torch.device("meta"):
+            assert build_vae(name).net.config.get("sample_size", 256) == 256
+
+
+def test_a_resolution_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match=r"resolution 100 is not a multiple .* 8; take 96"):
+        build_vae("tiny-f8d4").latent_shape(100)
+
+
+def test_forward_uses_the_given_noise():
+    vae, x = perturbed("tiny-f8d4"), torch.rand(2, 3, 32, 32) * 2 - 1
+    noise = torch.randn(2, 4, 4, 4)
+    posterior, z, x_hat = vae(x, noise)
+    assert torch.equal(z, posterior.mean + posterior.std * noise)
+    assert torch.equal(x_hat, vae.decode(z))
+    torch.manual_seed(3)
+    drawn = vae(x)[1]
+    torch.manual_seed(3)
+    assert torch.equal(drawn, posterior.sample())
+
+
+# ---------------------------------------------------------------- CompVis files
+
+
+@pytest.mark.parametrize("shape", [F8D4, F16D32], ids=["f8d4", "f16d32"])
+@pytest.mark.parametrize("wrap", [False, True], ids=["bare", "state_dict"])
+def test_compvis_file_is_the_same_function(tmp_path, shape, wrap):
+    def edit(state):
+        if not wrap:
+            return state
+        return {"state_dict": {**state, "loss.logvar": torch.zeros(())}, "global_step": 7}
+
+    net, path = compvis_file(tmp_path / "vae.pt", shape, edit)
+    vae, x = load_vae(path), torch.rand(2, 3, 64, 64, dtype=torch.float64) * 2 - 1
+    assert sum(p.numel() for p in vae.parameters()) == sum(p.numel() for p in net.parameters())
+    net, vae = net.double(), vae.double()  # float32 rounds twelve layers of this to 7e-5
+    with torch.no_grad():
+        moments = net.quant_conv(net.encoder(x))
+        posterior, z = vae.encode(x), moments.chunk(2, dim=1)[0]
+        torch.testing.assert_close(posterior.parameters, moments.float(), atol=1e-5, rtol=1e-6)
+        image = net.decoder(net.post_quant_conv(z))
+        torch.testing.assert_close(vae.decode(z), image.float(), atol=1e-5, rtol=1e-6)
+    assert image.std() > 0.01 and moments.std() > 0.01
+
+
+def test_compvis_weights_into_a_named_architecture(tmp_path):
+    state = {"state_dict": perturbed("tiny-f16d32").net.state_dict()}
+    # the tiny network under CompVis names, which only this test needs
+    names = {
+        "down_blocks.4.attentions.": "down.4.attn.",
+        "down_blocks.": "down.",
+        "resnets.": "block.",
+        "downsamplers.0.": "downsample.",
+        "upsamplers.0.": "upsample.",
+        "conv_shortcut": "nin_shortcut",
+        "conv_norm_out": "norm_out",
+        "mid_block.block.0": "mid.block_1",
+        "mid_block.block.1": "mid.block_2",
+        "mid_block.attentions.0": "mid.attn_1",
+        "up_blocks.0.attentions.": "up.4.attn.",
+        **{f"up_blocks.{i}.": f"up.{4 - i}." for i in range(5)},
+        "group_norm": "norm",
+        "to_out.0": "proj_out",
+        "to_": "",
+    }
+    compvis = {}
+    for key, value in state["state_dict"].items():
+        matrix = ".to_" in key and key.endswith("weight")
+        for new, old in names.items():
+            key = key.replace(new, old)
+        compvis[key] = value[:, :, None, None] if matrix else value
+    assert any(key.startswith("decoder.up.4.attn.0.q.") for key in compvis)
+    for path, save in (
+        (tmp_path / "vae.ckpt", torch.save),
+        (tmp_path / "v.safetensors", save_file),
+    ):
+        save({k: v.contiguous() for k, v in compvis.items()}, path)
+        loaded = load_vae("tiny-f16d32", weights=path).net.state_dict()
+        assert all(torch.equal(loaded[k], v) for k, v in state["state_dict"].items())
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: s | {"decoder.extra": s["quant_conv.bias"]}, r"1 unexpected \(decoder\.extra\)"),
+        (
+            lambda s: {k: v for k, v in s.items() if k != "encoder.down.1.block.0.conv1.bias"},
+            r"1 missing \(encoder\.down_blocks\.1\.resnets\.0\.conv1\.bias\)",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if not k.startswith("decoder.mid.")},
+            r"26 missing \(decoder\.mid_block\.[^,]+, [^,]+, [^,]+, \.\.\.\)",
+        ),
+        (lambda s: s | {"quant_conv.bias": torch.zeros(3)}, r"quant_conv\.bias \(3,\) for \(8,\)"),
+        (lambda s: {k: v for k, v in s.items() if "decoder" not in k}, "decoder.conv_in.weight"),
+        (lambda s: {"module." + k: v for k, v in s.items()}, "no CompVis key names"),
+        (lambda s: {"epoch": 3}, "neither a state dict"),
+        (lambda s: [1, 2], "neither a state dict"),
+    ],
+)
+def test_compvis_load_is_strict(tmp_path, edit, message):
+    _, path = compvis_file(tmp_path / "vae.pt", F8D4, edit)
+    with pytest.raises(UserError, match=message) as caught:
+        load_vae(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    _, path = compvis_file(tmp_path / "vae.pt", F8D4)
+    with pytest.raises(UserError, match=r"do not fit tiny-f16d32: tensors .* missing .*; .* shape"):
+        load_vae("tiny-f16d32", weights=path)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PAYLOAD_DIR"],)
+
+
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAYLOAD_DIR", str(tmp_path / "executed"))
+    torch.save({"state_dict": {"encoder.down.0": Payload()}}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="not a file of plain tensors") as caught:
+        load_vae(str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "executed").exists()
+    assert "\n" not in str(caught.value)
+    (tmp_path / "evil.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(UserError, match="not a file of plain tensors"):
+        load_vae("tiny-f8d4", weights=tmp_path / "evil.safetensors")
+
+
+# ---------------------------------------------------------------- diffusers folders
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_folder_round_trip_is_bit_equal(tmp_path, name):
+    vae = perturbed(name)
+    mean, std = torch.randn(vae.latent_channels), torch.rand(vae.latent_channels) + 0.5
+    vae.save(tmp_path / "step" / "vae", mean, std)
+    assert vae.latent_stats() is None  # saving leaves the network as it was
+    vae.save(tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["latents_mean"] is None
+
+    cls = AutoencoderKLQwenImage if name == "tiny-qwen" else AutoencoderKL
+    plain = cls.from_pretrained(tmp_path / "step" / "vae")
+    for other in (load_vae(tmp_path / "step").net, load_vae(tmp_path / "step" / "vae").net, plain):
+        assert all(torch.equal(other.state_dict()[k], v) for k, v in vae.net.state_dict().items())
+    again = load_vae(str(tmp_path / "step"))
+    assert all(torch.equal(a, b) for a, b in zip(again.latent_stats(), (mean, std)))
+    assert isinstance(plain.config.latents_mean[0], float)
+    if name != "tiny-qwen":
+        assert plain.config.scaling_factor == 1.0 and plain.config.shift_factor == 0.0
+    x = torch.rand(1, 3, 32, 32)
+    assert torch.equal(again.encode(x).mean, vae.encode(x).mean)
+
+
+def test_folder_as_weights_of_a_short_name_brings_its_statistics(tmp_path):
+    vae = perturbed("tiny-f8d4")
+    vae.save(tmp_path, torch.arange(4.0), torch.ones(4))
+    loaded = load_vae("tiny-f8d4", weights=str(tmp_path))
+    assert loaded.latent_stats()[0].tolist() == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="do not fit tiny-f8d16"):
+        load_vae("tiny-f8d16", weights=tmp_path)
+
+
+def test_random_start_of_anything_has_no_statistics(tmp_path):
+    assert build_vae("tiny-qwen").latent_stats() is None
+    perturbed("tiny-qwen").save(tmp_path, torch.zeros(16), torch.ones(16))
+    assert load_vae(tmp_path).latent_stats() is not None
+    random = load_vae(tmp_path, weights=None)
+    assert random.latent_stats() is None
+    assert sum(p.numel() for p in random.parameters()) == TINY["tiny-qwen"][0]
+
+
+def test_channels_last_weights_are_saved_whole(tmp_path):
+    vae = perturbed("tiny-f8d4").to(memory_format=torch.channels_last)
+    vae.save(tmp_path)
+    loaded = load_vae(tmp_path).net.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in vae.net.state_dict().items())
+
+
+def test_old_attention_names_and_half_precision_load_in_float32(tmp_path):
+    vae = perturbed("tiny-f8d4").half().float()  # values that float16 holds exactly
+    vae.save(tmp_path)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    file, state = tmp_path / "diffusion_pytorch_model.safetensors", {}
+    for key, value in load_file(file).items():
+        for new, name in old.items():
+            key = key.replace(new, name)
+        state[key] = value.half()
+    assert any("proj_attn" in key for key in state)
+    save_file(state, file)
+    loaded = load_vae(tmp_path).net.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in vae.net.state_dict().items())
+    assert {v.dtype for v in loaded.values()} == {torch.float32}
+
+
+def test_folder_load_is_strict(tmp_path):
+    build_vae("tiny-f8d4").save(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["encoder.new"] = state.pop("encoder.conv_in.bias")
+    save_file(state, file)
+    with pytest.raises(
+        UserError, match=r"1 missing \(encoder\.conv_in\.bias\); 1 unexpected \(enc"
+    ):
+        load_vae(tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match=r"holds no diffusion_pytorch_model\.safetensors"):
+        load_vae(tmp_path)
+
+
+def test_class_is_read_from_the_config_not_from_the_path(tmp_path):
+    folder = tmp_path / "qwenimage-vae"
+    build_vae("tiny-f8d4").save(folder)
+    assert isinstance(load_vae(folder).net, AutoencoderKL)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_class_name": "SiT"}))
+    with pytest.raises(UserError, match=r"is a SiT, not a VAE: expected AutoencoderKL or"):
+        load_vae(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no config\.json in it, nor in"):
+        load_vae(tmp_path / "empty")
+
+
+# ---------------------------------------------------------------- names and the hub
+
+
+def test_unknown_names_and_missing_files_say_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="did you mean sdvae"):
+        load_vae("sdvea")
+    with pytest.raises(UserError, match=r"no VAE .*absent/vae\.pt: not a short name, file, folder"):
+        load_vae(tmp_path / "absent" / "vae.pt")
+    with pytest.raises(UserError, match=r"vae\.weights=nowhere\.pt: no such file or folder"):
+        load_vae("sdvae", weights="nowhere.pt")
+
+
+def test_offline_hub_names_the_file_the_places_and_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket.socket, "connect", None)
+    cases = {"sdvae": "stabilityai/sd-vae-ft-mse", "qwenimage": "Qwen/Qwen-Image", "a/b": "a/b"}
+    for spec, repo in cases.items():
+        with pytest.raises(UserError) as caught:
+            load_vae(spec)
+        text = str(caught.value)
+        assert f"diffusion_pytorch_model.safetensors of {repo} not found" in text
+        assert "huggingface" in text and f"hf download {repo} --local-dir DIR" in text
+        assert "vae.weights=DIR" in text and "\n" not in text
+
+
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_a_cached_repository_loads_offline_from_root_or_subfolder(monkeypatch, tmp_path, subfolder):
+    vae = perturbed("tiny-f8d4")
+    commit = tmp_path / "models--someone--some-vae" / "snapshots" / ("0" * 40)
+    vae.save(commit / subfolder)
+    refs = tmp_path / "models--someone--some-vae" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    loaded = load_vae("someone/some-vae").net.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in vae.net.state_dict().items())
+
+
+# ---------------------------------------------------------------- training features
+
+
+def test_qwen_equals_diffusers_and_is_unclamped():
+    vae, x = perturbed("tiny-qwen"), torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        theirs = vae.net.encode(x.unsqueeze(2)).latent_dist
+        posterior, z = vae.encode(x), 30 * torch.randn(2, 16, 4, 4)
+        assert torch.equal(posterior.parameters, theirs.parameters.squeeze(2))
+        assert torch.equal(posterior.mean, theirs.mean.squeeze(2))
+        ours, clamped = vae.decode(z), vae.net.decode(z.unsqueeze(2)).sample.squeeze(2)
+    assert ours.abs().max() > 1
+    assert torch.equal(ours.clamp(-1, 1), clamped)
+    by_hand = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum((1, 2, 3))
+    torch.testing.assert_close(posterior.kl(), by_hand)
+
+
+@pytest.mark.parametrize("name", [*TINY, "tiny-f2d4"])
+def test_every_trainable_parameter_gets_a_gradient(name):
+    vae = build_vae(name)
+    posterior, _, x_hat = vae(torch.rand(2, 3, 32, 32))
+    (x_hat.square().mean() + posterior.kl().mean()).backward()
+    frozen = [key for key, p in vae.named_parameters() if not p.requires_grad]
+    assert len(frozen) == (8 if name == "tiny-qwen" else 0)
+    assert all("time_conv" in key for key in frozen)
+    assert all(p.grad is not None for p in vae.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_are_float32_under_autocast(name, dtype):
+    vae = build_vae(name)
+    with torch.autocast("cpu", dtype):
+        posterior, z, x_hat = vae(torch.rand(1, 3, 32, 32))
+        kl = posterior.kl()
+    tensors = (posterior.parameters, posterior.mean, posterior.std, posterior.var, z, x_hat, kl)
+    assert {t.dtype for t in tensors} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["tiny-f16d32", "tiny-qwen"])
+def test_gradient_checkpointing_changes_no_gradient(name):
+    vae, x = perturbed(name), torch.rand(2, 3, 32, 32)
+    noise = torch.randn(2, *vae.latent_shape(32))
+    grads = []
+    for _ in range(2):
+        vae.zero_grad()
+        posterior, _, x_hat = vae(x, noise)
+        (x_hat.square().mean() + 1e-3 * posterior.kl().mean()).backward()
+        grads.append({k: p.grad.clone() for k, p in vae.named_parameters() if p.requires_grad})
+        vae.enable_gradient_checkpointing()
+    assert all(torch.equal(grads[0][key], grads[1][key]) for key in grads[0])
+
+
+def test_qwen_checkpointing_recomputes(monkeypatch):
+    vae, calls = build_vae("tiny-qwen"), []
+    vae.net.encoder.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    vae.enable_gradient_checkpointing()
+    vae(torch.rand(1, 3, 32, 32))[2].sum().backward()
+    assert len(calls) == 2

@@ -1,0 +1,261 @@
+"""Packing: the same pixels as the folder, whatever interrupts it."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.errors import UserError
+from scripts import prepare_data
+from utils.data import StepSampler, make_loader, open_source
+
+SCRIPT = Path(prepare_data.__file__)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """23 images in 3 classes, 2 of them broken."""
+    root = tmp_path_factory.mktemp("source")
+    rng = np.random.default_rng(0)
+    for i in range(23):
+        path = root / f"class{i % 3 * 5}" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        width, height = rng.integers(10, 60, 2)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), "u1")).save(path)
+    (root / "class5/4.png").write_bytes(b"no image")
+    whole = (root / "class10/8.png").read_bytes()
+    (root / "class10/8.png").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+def pack(src, out, *options, workers=0) -> None:
+    words = [src, out, "--resolution", 16, "--shard-size", 5, "--workers", workers, *options]
+    assert prepare_data.main([str(word) for word in words]) == 0
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def packed(folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "out"
+    pack(folder, out)
+    return out
+
+
+def test_packed_equals_folder_bit_for_bit(folder, packed):
+    images, source = open_source("folder", folder, 16), open_source("packed", packed, 16)
+    assert len(source) == 21 and source.num_classes == 3
+    assert source.classes == images.classes == ["class0", "class5", "class10"]
+    index = {images.key(i): i for i in range(len(images))}
+    for i in range(len(source)):
+        x_u8, y = images[index[source.key(i)]]
+        assert torch.equal(source[i][0], x_u8) and source[i][1] == y
+    assert np.load(packed / "labels.npy").tolist() == [y for _, y in source]
+
+
+def test_unreadable_images_are_listed(packed):
+    lines = (packed / "skipped.txt").read_text().splitlines()
+    assert lines[0] == "class5/4.png\tnot an image"
+    assert lines[1].startswith("class10/8.png\t") and len(lines) == 2
+    meta = json.loads((packed / "meta.json").read_text())
+    assert meta["num_skipped"] == 2 and meta["shards"] == [5, 5, 4, 5, 2]
+    assert not list(packed.glob("*.tmp"))
+
+
+def test_shards_are_plain_npy_files(packed):
+    for path, rows in zip(sorted(packed.glob("shard-*.npy")), [5, 5, 4, 5, 2], strict=True):
+        array = np.load(path)
+        assert array.shape == (rows, 16, 16, 3) and array.dtype == np.uint8
+        assert path.stat().st_size == 128 + array.nbytes
+
+
+def test_workers_and_reruns_change_no_byte(folder, packed, tmp_path, capsys):
+    pack(folder, tmp_path / "out", workers=2)
+    assert content(tmp_path / "out") == content(packed)
+    pack(folder, tmp_path / "out", workers=2)
+    assert content(tmp_path / "out") == content(packed)
+    output = capsys.readouterr().out
+    assert (
+        "0.00 MiB still to write" in output and "packed 21 images, 3 classes, 2 skipped" in output
+    )
+    line = f"use: data.source=packed data.path={tmp_path / 'out'} data.resolution=16"
+    assert output.rstrip().endswith(line)
+
+
+@pytest.mark.parametrize("lost", [["shard-00001.npy"], ["shard-00002.json"], ["shard-00004.npy"]])
+def test_lost_shards_are_made_again(folder, packed, tmp_path, lost):
+    out = tmp_path / "out"
+    shutil.copytree(packed, out)
+    for name in [*lost, "meta.json"]:
+        (out / name).unlink()
+    (out / "shard-00003.npy").write_bytes(b"cut short")
+    (out / "shard-00003.tmp").write_bytes(b"left over")
+    with pytest.raises(UserError, match="unfinished"):
+        open_source("packed", out, 16)
+    pack(folder, out)
+    assert content(out) == content(packed)
+
+
+def test_kill_and_rerun(tmp_path):
+    """kill -9 after the first shard, then the same command: as if nothing had happened."""
+    src, out = tmp_path / "src", tmp_path / "out"
+    src.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), "u1")
+    for i in range(240):
+        Image.fromarray(np.roll(pixels, i, 0)).save(src / f"{i:03d}.png", compress_level=1)
+    options = ["--resolution", "64", "--shard-size", "20", "--workers", "2"]
+    command = [sys.executable, str(SCRIPT), str(src), str(out), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (out / "shard-00000.json").exists():
+        assert process.poll() is None, process.stdout.read().decode()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.read()  # ends when the workers, who share the pipe, have ended too
+    assert not (out / "meta.json").exists()
+    whole = [record.with_suffix(".npy") for record in out.glob("shard-*.json")]
+    finished = {path: path.stat().st_mtime_ns for path in whole}
+    assert 1 <= len(finished) < 12
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "packed 240 images, 1 classes, 0 skipped" in again.stdout
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in finished.items())
+    words = [str(src), str(tmp_path / "reference"), *options[:-1], "0"]
+    assert prepare_data.main(words) == 0
+    assert content(out) == content(tmp_path / "reference")
+
+
+def test_changed_settings_are_refused(folder, packed, tmp_path):
+    for options, message in (
+        (["--resolution", 8], "begun with resolution=16, now it is 8; use the same"),
+        (["--shard-size", 6], "begun with shard_size=5, now it is 6"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            pack(folder, packed, *options)
+        assert "\n" not in str(error.value)
+    shutil.copytree(folder, tmp_path / "src")
+    (tmp_path / "src/class0/0.png").write_bytes(b"another size")
+    with pytest.raises(UserError, match="begun with source_sha256="):
+        pack(tmp_path / "src", packed)
+    (tmp_path / "src/class0/0.png").unlink()
+    with pytest.raises(UserError, match="begun with num_listed=23, now it is 22"):
+        pack(tmp_path / "src", packed)
+
+
+def test_changed_crop_is_refused(folder, packed, monkeypatch):
+    monkeypatch.setattr(prepare_data, "CROP_VERSION", "new")
+    with pytest.raises(UserError, match="begun with crop_version=adm-center-crop-1, now it is new"):
+        pack(folder, packed)
+
+
+def test_dry_run_and_full_disk_write_nothing(folder, tmp_path, capsys, monkeypatch):
+    pack(folder, tmp_path / "out", "--dry-run")
+    assert "0.02 MiB still to write" in capsys.readouterr().out
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000))
+    with pytest.raises(UserError, match=r"not enough disk: 0\.02 MiB .*, 0\.00 MiB free"):
+        pack(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_places_that_are_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="inside SRC"):
+        pack(folder, folder / "packed")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds other files \(notes\.txt\)"):
+        pack(folder, tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        pack(folder, tmp_path / "notes.txt")
+
+
+def test_two_runs_on_one_folder_are_refused(folder, tmp_path):
+    hold = f"import fcntl, time; f = open({str(tmp_path / '.lock')!r}, 'w'); "
+    hold += "fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
+    try:
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="another run writes"):
+            pack(folder, tmp_path)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_nothing_readable(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/a.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="none of the 1 images is readable"):
+        pack(tmp_path / "src", tmp_path / "out")
+    assert not (tmp_path / "out/meta.json").exists()
+
+
+def test_a_dying_worker_ends_the_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "pack_image", die)
+    with pytest.raises(UserError, match="one of 1 workers died"):
+        pack(folder, tmp_path / "out", workers=1)
+
+
+def die(task):
+    os._exit(9)
+
+
+def test_ctrl_c_is_one_line(folder, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data, "pack_with", interrupted)
+    with pytest.raises(UserError, match="interrupted; run the same command again"):
+        pack(folder, tmp_path / "out", workers=1)
+
+
+def test_hdf5_to_packed(tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    rng = np.random.default_rng(0)
+    names = [f"00000/img{i}.png" for i in range(7)]
+    with h5py.File(src / "images.h5", "w") as file:
+        for name in names:
+            data = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), "u1")).save(data, "PNG")
+            file[name] = np.frombuffer(data.getvalue(), np.uint8)
+    (src / "images_h5.json").write_text(json.dumps(names))
+    labels = [[name, 6 - i] for i, name in enumerate(names)]
+    (src / "dataset.json").write_text(json.dumps({"labels": labels}))
+    pack(src, tmp_path / "out", "--source", "hdf5", workers=1)
+    source, packed = open_source("hdf5", src, 16), open_source("packed", tmp_path / "out", 16)
+    assert packed.num_classes == 7
+    for i in range(7):
+        assert packed.key(i) == source.key(i) and packed[i][1] == source[i][1] == 6 - i
+        assert torch.equal(packed[i][0], source[i][0])
+
+
+def test_packed_through_the_loader(packed):
+    source = open_source("packed", packed, 16)
+    sampler = StepSampler(len(source), 10, seed=0, end_step=3)
+    parallel = list(make_loader(source, sampler, workers=2))
+    for (x, y), (x_ref, y_ref) in zip(parallel, make_loader(source, sampler), strict=True):
+        assert torch.equal(x, x_ref) and torch.equal(y, y_ref)
+
+
+def test_the_command_itself(tmp_path):
+    def call(*words):
+        command = [sys.executable, str(SCRIPT), *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    missing = call("nowhere", "out")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+    assert "data.path=nowhere: no such folder" in missing.stderr
+    assert call("a", "b", "--resolution", "0").returncode == 2

@@ -1,0 +1,208 @@
+"""The script as a user runs it: flags, tables, records, refusals, two ranks."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from models.errors import UserError
+from models.vae import load_vae
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = importlib.import_module("evaluate_fid")
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Call main with flags and a cache of its own => (record or None, what was printed)."""
+
+    def call(*flags, out=True):
+        extra = ["--out", str(tmp_path / "out.json")] if out else []
+        SCRIPT.main([*map(str, flags), "--cache", str(tmp_path / "cache"), *extra])
+        text = capsys.readouterr().out
+        record = json.loads((tmp_path / "out.json").read_text()) if out else None
+        return record, text
+
+    return call
+
+
+@pytest.fixture
+def judge(tmp_path):
+    """A timm checkpoint as the quickstart's: random, which is enough here."""
+    torch.manual_seed(0)
+    path = tmp_path / "classifier.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), path)
+    return f"timm:test_resnet@{path}"
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """60 pictures as sample_ddp.py leaves them."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    np.savez(tmp_path / "s.npz", rng.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8))
+    settings = {"solver": "sde", "steps": 250, "cfg_scale": 1.5, "uint8": "truncate",
+                "class_balanced": True}  # fmt: skip
+    (tmp_path / "s.json").write_text(json.dumps({"settings": settings}))
+    return tmp_path / "s.npz"
+
+
+def test_digits_quickstart_prints_the_table_and_writes_the_record(run, samples, judge):
+    record, text = run("--samples", samples, "--reference", "digits:test@16", "--features", judge)
+    (name,) = [name for name in record["metrics"] if name.startswith("FD[")]
+    assert name.startswith("FD[timm:test_resnet@classifier.safetensors#")
+    assert record["details"][name]["times_floor"] > 2
+    assert f"{record['details'][name]['times_floor']:.2f} x floor" in text
+    assert record["comparable_to_papers"] is False
+    assert record["samples"]["uint8_rule"] == "truncate"
+    assert record["samples"]["label_sampling"] == "balanced"
+    assert record["samples"]["record"]["settings"]["steps"] == 250
+    assert "sde" in text
+    assert "labels balanced" in text
+
+
+def test_the_record_has_every_fact(run, samples):
+    record, _ = run("--samples", samples, "--reference", "digits@16", "--features", "pixel",
+                    "--pr-mode", "fp32", "--metrics", "fid,recall")  # fmt: skip
+    assert set(record) == {
+        "metrics", "details", "comparable_to_papers", "not_comparable_because", "warnings", "n",
+        "samples", "reference", "features", "protocol", "versions",
+    }  # fmt: skip
+    assert set(record["metrics"]) == {"FD[pixel12]", "recall[pixel12]"}
+    assert record["protocol"]["precision_recall"]["mode"] == "fp32"
+    assert record["n"] == record["samples"]["n"] == 60
+    assert record["reference"]["n"] == 1797
+    assert len(record["samples"]["content_sha256"]) == 64
+    assert all(math.isfinite(value) for value in record["metrics"].values())
+
+
+def test_vae_mode_measures_reconstructions(run):
+    flags = ("--vae", "tiny-f8d4", "--data", "digits:test", "--resolution", "32", "--num", "40")
+    record, text = run(*flags, "--features", "pixel", "--batch-size", "16")
+    assert set(record["metrics"]) == {"rFD[pixel12]", "PSNR", "SSIM", "latent_mean", "latent_std",
+                                      "spatial_variance", "total_variation"}  # fmt: skip
+    assert "lpips skipped" in text
+    assert len(record["metrics"]["latent_mean"]) == 4
+    assert record["protocol"]["posterior"] == "mode"
+    assert "gaussian" in record["protocol"]["ssim"].lower()
+    assert record["n"] == 40
+    assert record["details"]["rFD[pixel12]"]["times_floor"] > 1
+
+
+def test_lpips_is_measured_when_it_is_asked_for(run, tmp_path):
+    torch.manual_seed(0)
+    torch.save(torchvision.models.vgg16(num_classes=1).state_dict(), tmp_path / "vgg.pth")
+    flags = ("--vae", "tiny-f8d4", "--data", "digits:test@32", "--num", "4")
+    record, text = run(*flags, "--metrics", "lpips,psnr", "--lpips-weights", tmp_path / "vgg.pth")
+    assert set(record["metrics"]) == {"LPIPS", "PSNR"}
+    assert 0 < record["metrics"]["LPIPS"] < 1
+    assert "skipped" not in text
+    assert record["features"] is None
+
+
+def test_vae_metrics_do_not_depend_on_the_batch_size_and_sampling_is_keyed_by_index(tmp_path):
+    torch.manual_seed(0)
+    load_vae("tiny-f8d4", None).save(tmp_path / "vae")
+    found = {}
+    for posterior in ("mode", "sample"):
+        for size in (8, 5):
+            out = tmp_path / "o.json"
+            SCRIPT.main(
+                ["--vae", str(tmp_path / "vae"), "--data", "digits:test@16", "--num", "16",
+                 "--metrics", "psnr,ssim,latents", "--posterior", posterior,
+                 "--batch-size", str(size), "--out", str(out)]
+            )  # fmt: skip
+            found[posterior, size] = json.loads(out.read_text())["metrics"]
+        for name, value in found[posterior, 8].items():
+            assert found[posterior, 5][name] == pytest.approx(value, rel=1e-4, abs=1e-6)
+    assert found["mode", 8] != found["sample", 8]
+
+
+def test_dry_run_needs_no_file_and_says_what_is_missing(run):
+    _, text = run("--samples", "absent.npz", "--reference", "VIRTUAL.npz", "--dry-run", out=False)
+    assert "absent.npz  (no such file yet)" in text
+    assert "weights-inception-2015-12-05-6726825d.pth" in text
+    _, text = run("--vae", "sdvae", "--data", "packed:/data@256", "--dry-run", out=False)
+    assert "sdvae" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "either --samples"),
+        (["--samples", "a", "--vae", "sdvae"], "either --samples"),
+        (["--vae", "sdvae"], "needs --data"),
+        (["--samples", "a.npz", "--out", "a.json"], "own record"),
+        (["--samples", "a.npz", "--features", "clip"], "expected inception, dinov2"),
+        (["--samples", "a.npz", "--metrics", "kid"], "'kid': expected some of fid"),
+        (["--samples", "a.npz", "--batch-size", "0"], "expected 1 or more"),
+        (["--vae", "tiny-f8d4", "--data", "digits@32", "--metrics", "fid"], "some of rfid"),
+        (["--vae", "tiny-f8d4", "--data", "digits@12", "--metrics", "psnr"], "downsample factor"),
+        (["--vae", "tiny-f8d4", "--data", "digits@32", "--num", "0"], "--num 0: expected"),
+        (["--samples", "absent.npz", "--reference", "digits", "--features", "pixel"], "no such"),
+    ],
+)
+def test_mistakes_in_the_flags_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        SCRIPT.main(flags)
+
+
+def script(*flags, ranks=1, **env):
+    launch = "-m accelerate.commands.launch --cpu --num_machines 1 --main_process_port 0"
+    launch += f" --num_processes {ranks} --mixed_precision no --dynamo_backend no"
+    command = [sys.executable, *launch.split() * (ranks > 1), "evaluate_fid.py"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run([*command, *map(str, flags)], cwd=ROOT, env=env, capture_output=True,
+                          text=True, timeout=600)  # fmt: skip
+
+
+def test_a_mistake_ends_in_one_line_and_exit_code_2(samples, tmp_path):
+    done = script("--samples", samples, "--reference", samples, TORCH_HOME=str(tmp_path))
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert line.startswith("error: --features inception needs weights-inception-2015-12-05")
+    assert "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2" in line
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_numbers_of_one(samples, judge, tmp_path):
+    records = []
+    for ranks, cache in ((1, "a"), (2, "b"), (2, "b")):  # the last one from the cache
+        done = script(
+            "--samples", samples, "--reference", "digits:test@16", "--features", judge,
+            "--batch-size", "16", "--cache", tmp_path / cache, "--out", tmp_path / "o.json",
+            ranks=ranks,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("not comparable to papers") == 1
+        records.append(json.loads((tmp_path / "o.json").read_text()))
+    assert [r["reference"]["cache"] for r in records] == ["computed now", "computed now", "hit"]
+    for record in records[1:]:
+        assert record["metrics"] == pytest.approx(records[0]["metrics"], rel=1e-5)
+        assert record["samples"] == records[0]["samples"]
+
+
+@pytest.mark.slow
+def test_two_ranks_reconstruct_as_one(tmp_path):
+    torch.manual_seed(0)
+    load_vae("tiny-f8d4", None).save(tmp_path / "vae")
+    records = []
+    for ranks in (1, 2):
+        done = script(
+            "--vae", tmp_path / "vae", "--data", "digits:test@16", "--num", "41", "--features",
+            "pixel", "--posterior", "sample", "--batch-size", "16", "--out", tmp_path / "o.json",
+            ranks=ranks,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        records.append(json.loads((tmp_path / "o.json").read_text())["metrics"])
+    for name, value in records[0].items():
+        assert records[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name

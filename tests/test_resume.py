@@ -1,0 +1,179 @@
+"""Never losing work: a run that is stopped, killed or resumed ends as if it had not been.
+
+python -m pytest tests/test_resume.py
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.tiny import ROOT, TINY, train
+from utils.checkpoint import find_fault
+from utils.tracking import read_metrics
+
+STEPS = "run.steps=6"  # 1,797 digits / batch 300: an epoch has 5 steps, so resume is mid-epoch
+EPOCHS = ("run.batch_size=300", STEPS, "run.save_every=2", "run.keep_last=9")
+
+
+def contents(run: Path, step: int) -> dict[str, bytes]:
+    """Every file of a checkpoint but state.json's versions, byte for byte."""
+    folder = run / "checkpoints" / f"{step:07d}"
+    assert find_fault(folder) is None
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def losses(run: Path) -> list[dict]:
+    rows = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    done = train(out, *EPOCHS)
+    assert done.returncode == 0, done.stderr
+    return out / "tiny"
+
+
+def test_resume_in_a_new_process_mid_epoch_equals_no_interruption(uninterrupted, tmp_path):
+    """Bitwise: all weights, optimizers, EMA, statistics, hashes, and the logged losses."""
+    assert train(tmp_path, *EPOCHS, "run.steps=4").returncode == 0
+    done = train(tmp_path, *EPOCHS)
+    assert "going on from" in done.stdout and done.returncode == 0
+    assert contents(tmp_path / "tiny", 6) == contents(uninterrupted, 6)
+    assert losses(tmp_path / "tiny") == losses(uninterrupted)
+    assert (tmp_path / "tiny" / "config.0000004.yaml").is_file()  # run.steps was another
+
+
+def test_the_checkpoint_has_the_documented_layout(uninterrupted):
+    names = set(contents(uninterrupted, 6))
+    weights = {f"{net}/diffusion_pytorch_model.safetensors" for net in ("vae", "sit", "sit_ema")}
+    assert names == weights | {f"{net}/config.json" for net in ("vae", "sit", "sit_ema")} | {
+        "discriminator.safetensors",
+        "optim.pt",
+        "state.json",
+    }
+    state = json.loads((uninterrupted / "checkpoints/0000006/state.json").read_text())
+    assert (state["step"], state["seed"], state["ranks"]) == (6, 0, 1)
+    config = json.loads((uninterrupted / "checkpoints/0000006/vae/config.json").read_text())
+    bn = load_file(
+        uninterrupted / "checkpoints/0000006/sit_ema/diffusion_pytorch_model.safetensors"
+    )
+    std = (bn["bn.running_var"] + 1e-4).sqrt()
+    assert config["latents_std"] == pytest.approx(std.tolist(), rel=1e-6)
+    assert (config["scaling_factor"], config["shift_factor"]) == (1.0, 0.0)
+
+
+def start(out: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "train_repae.py", *TINY, f"run.out={out}", *overrides]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(pattern: str, folder: Path, process: subprocess.Popen) -> None:
+    """Until a file matches, or the process ends."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(folder.glob(pattern)):
+            return
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moment", ["while writing", "while training", "at random", "at random too"]
+)
+def test_kill_9_then_the_same_command_ends_bit_equal(uninterrupted, tmp_path, moment):
+    process = start(tmp_path, *EPOCHS)
+    checkpoints = tmp_path / "tiny" / "checkpoints"
+    wait_for(".tmp-*/*" if moment == "while writing" else "0000002", checkpoints, process)
+    if "random" in moment:
+        time.sleep(random.Random(moment).random())
+    process.kill()
+    process.wait()
+    if moment == "while writing":
+        assert not (checkpoints / "0000006").exists()
+    done = train(tmp_path, *EPOCHS)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "tiny", 6) == contents(uninterrupted, 6)
+    assert losses(tmp_path / "tiny") == losses(uninterrupted)
+    assert not list(checkpoints.glob(".*"))  # nothing half-written is left
+
+
+@pytest.mark.parametrize("damage", ["no state", "cut file", "changed byte"])
+def test_a_damaged_checkpoint_is_reported_and_passed_over(uninterrupted, tmp_path, damage):
+    import shutil
+
+    run = tmp_path / "tiny"
+    shutil.copytree(uninterrupted, run)
+    newest = run / "checkpoints" / "0000006"
+    if damage == "no state":
+        (newest / "state.json").unlink()
+    else:
+        file = newest / "sit" / "diffusion_pytorch_model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data if damage == "changed byte" else data[:-100])
+    done = train(tmp_path, *EPOCHS)
+    assert done.returncode == 0, done.stderr
+    assert f"ignored {newest}" in done.stdout
+    assert f"going on from {run / 'checkpoints' / '0000004'}" in done.stdout
+    assert contents(run, 6) == contents(uninterrupted, 6)
+
+
+def test_sigterm_saves_and_the_run_goes_on(tmp_path):
+    long = ("run.steps=100000", "run.save_every=100000", "run.log_every=1")
+    process = start(tmp_path, *long)
+    wait_for("metrics.jsonl", tmp_path / "tiny", process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "told to stop: saved step" in output
+    (checkpoint,) = (tmp_path / "tiny" / "checkpoints").glob("[0-9]*")
+    assert find_fault(checkpoint) is None
+    step = int(checkpoint.name)
+    done = train(tmp_path, *long, f"run.steps={step + 1}")
+    assert f"going on from {checkpoint}" in done.stdout and done.returncode == 0
+
+
+def test_only_the_newest_checkpoints_and_the_milestones_stay(tmp_path):
+    keep = ("run.save_every=1", "run.keep_last=2", "run.milestone_every=2", "run.steps=6")
+    assert train(tmp_path, *keep).returncode == 0
+    names = sorted(p.name for p in (tmp_path / "tiny" / "checkpoints").iterdir())
+    assert names == ["0000002", "0000004", "0000005", "0000006"]
+
+
+def test_a_run_that_is_complete_stays_as_it_is(uninterrupted):
+    before = contents(uninterrupted, 6)
+    assert train(uninterrupted.parent, *EPOCHS).returncode == 0
+    assert contents(uninterrupted, 6) == before
+
+
+def test_resume_never_refuses_a_used_name_and_a_path_must_be_whole(uninterrupted, tmp_path):
+    never = train(uninterrupted.parent, *EPOCHS, "run.resume=never")
+    assert never.returncode == 2 and "choose another run.name" in never.stderr
+    path = train(tmp_path, *EPOCHS, f"run.resume={tmp_path}")
+    assert path.returncode == 2 and "not a whole checkpoint" in path.stderr
+    whole = uninterrupted / "checkpoints" / "0000004"
+    assert train(tmp_path, *EPOCHS, f"run.resume={whole}").returncode == 0
+    assert contents(tmp_path / "tiny", 6) == contents(uninterrupted, 6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_checkpoint(tmp_path):
+    broken = ("vae.optim.lr=1e30", "vae.optim.clip=0", "run.steps=8", "run.save_every=100")
+    assert train(tmp_path, "run.steps=2").returncode == 0
+    done = train(tmp_path, *broken)
+    assert done.returncode == 1
+    assert "stopped: loss/" in done.stderr and "is not finite at step" in done.stderr
+    assert str(tmp_path / "tiny" / "checkpoints" / "0000002") in done.stderr
+    assert [p.name for p in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["0000002"]

@@ -1,0 +1,401 @@
+"""The samplers: equal to loops written from the method's text, exact where the answer is known.
+
+    python -m pytest tests/utils/test_samplers.py        (CPU, no network)
+
+Two kinds of network: a small SiT with random weights, for which every solver is repeated here in
+plain loops of float64 numbers; and the exact velocity of Gaussian data, for which the solution of
+the ODE and the moments of the SDE are known in closed form.
+"""
+
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from models.sit import SiT
+from utils.samplers import SDE_LAST_TIME, SOLVERS, sample, shift_times, solver_times
+
+CLASSES = 3
+
+
+# ---------------------------------------------------------------- networks
+
+
+@pytest.fixture(scope="module")
+def sit():
+    """Random weights everywhere: at its own initialisation a SiT answers zero."""
+    torch.manual_seed(0)
+    sit = SiT(8, 2, 4, hidden_size=32, depth=2, num_heads=2, num_classes=CLASSES, encoder_dims=())
+    for p in sit.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return sit.eval()
+
+
+@pytest.fixture
+def start():
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(5, 4, 8, 8, generator=g), torch.tensor([0, 1, 2, 0, 1])
+
+
+class Counting(torch.nn.Module):
+    """Notes the time, dtype and labels of every call of a network."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.config, self.calls = net, net.config, []
+
+    def forward(self, x, t, y):
+        self.calls.append(SimpleNamespace(t=float(t[0]), x=x, y=y.tolist(), dtype=x.dtype))
+        return self.net(x, t, y)
+
+
+class Gaussian(torch.nn.Module):
+    """The exact velocity of the linear path for data N(mean, std^2), per coordinate.
+
+    x_t = (1 - t) z + t eps is normal with mean (1 - t) m and variance (1 - t)^2 s^2 + t^2. Its
+    probability flow moves x_1 = e to m + s e: noise is carried to data along quantiles.
+    """
+
+    def __init__(self, mean=0.7, std=0.4):
+        super().__init__()
+        self.mean, self.std, self.config = mean, std, SimpleNamespace(num_classes=0)
+
+    def forward(self, x, t, y):
+        t = t.view(-1, 1, 1, 1)
+        variance = (1 - t) ** 2 * self.std**2 + t**2
+        slope = (t - (1 - t) * self.std**2) / variance
+        return -self.mean + slope * (x - (1 - t) * self.mean), []
+
+    def solution(self, noise):
+        return self.mean + self.std * noise.double()
+
+
+# ---------------------------------------------------------------- loops from the method's text
+
+
+def alpha_sigma(t, path):
+    if path == "linear":
+        return 1 - t, t, -1.0, 1.0
+    a = math.pi * t / 2
+    return math.cos(a), math.sin(a), -math.pi / 2 * math.sin(a), math.pi / 2 * math.cos(a)
+
+
+class Reference:
+    """One call of the network per branch, times as Python floats."""
+
+    def __init__(self, sit, y, cfg, low, high, path):
+        self.sit, self.y, self.cfg, self.low, self.high, self.path = sit, y, cfg, low, high, path
+        self.null = torch.full_like(y, CLASSES)
+
+    def velocity(self, x, t, y):
+        with torch.no_grad():
+            return self.sit(x.float(), torch.full((len(x),), t), y)[0].double()
+
+    def drift(self, v, x, t):
+        alpha, sigma, d_alpha, d_sigma = alpha_sigma(t, self.path)
+        score = (alpha / d_alpha * v - x) / (sigma**2 - alpha / d_alpha * d_sigma * sigma)
+        return v - 0.5 * (2 * t) * score
+
+    def guided(self, x, t, of):
+        cond = of(self.velocity(x, t, self.y), x, t)
+        if self.cfg == 1 or not self.low <= t <= self.high:
+            return cond
+        uncond = of(self.velocity(x, t, self.null), x, t)
+        return uncond + self.cfg * (cond - uncond)
+
+    def ode(self, x, steps, heun):
+        times = [1 - i / steps for i in range(steps + 1)]
+        x, plain = x.double(), lambda v, x, t: v
+        for i, (t, t_next) in enumerate(pairwise(times)):
+            d = self.guided(x, t, plain)
+            end = x + (t_next - t) * d
+            if heun and i < steps - 1:
+                end = x + (t_next - t) * (d + self.guided(end, t_next, plain)) / 2
+            x = end
+        return x
+
+    def sde(self, x, steps, draw):
+        times = [1 - 0.96 * i / (steps - 1) for i in range(steps)]
+        x = x.double()
+        for t, t_next in pairwise(times):
+            d, size = self.guided(x, t, self.drift), abs(t_next - t)
+            x = x + d * (t_next - t) + math.sqrt(2 * t) * math.sqrt(size) * draw()
+        return x + self.guided(x, times[-1], self.drift) * (0 - times[-1])
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize(("cfg", "low", "high"), [(1, 0, 1), (2.5, 0, 1), (2.5, 0.21, 0.66)])
+class TestAgainstTheMethod:
+    def compare(self, solver, expected, sit, start, cfg, low, high, path, generator=None):
+        noise, y = start
+        ours = sample(
+            sit, noise, y, solver=solver, steps=9, cfg_scale=cfg, guidance=(low, high), path=path,
+            generator=generator,
+        )  # fmt: skip
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("solver", ["ode-euler", "ode-heun"])
+    def test_ode(self, solver, sit, start, cfg, low, high, path):
+        reference = Reference(sit, start[1], cfg, low, high, path)
+        expected = reference.ode(start[0], 9, heun=solver == "ode-heun")
+        self.compare(solver, expected, sit, start, cfg, low, high, path)
+
+    def test_sde_with_one_generator_draws_the_batch_at_once(self, sit, start, cfg, low, high, path):
+        g = torch.Generator().manual_seed(5)
+        reference = Reference(sit, start[1], cfg, low, high, path)
+        shape = start[0].shape
+        draw = lambda: torch.randn(shape, dtype=torch.float64, generator=g)  # noqa: E731
+        expected = reference.sde(start[0], 9, draw)
+        again = torch.Generator().manual_seed(5)
+        self.compare("sde", expected, sit, start, cfg, low, high, path, again)
+
+    def test_sde_with_a_generator_for_each_image(self, sit, start, cfg, low, high, path):
+        def make():
+            return [torch.Generator().manual_seed(i) for i in range(len(start[0]))]
+
+        gs, reference = make(), Reference(sit, start[1], cfg, low, high, path)
+
+        def draw():
+            rows = [torch.randn(start[0].shape[1:], dtype=torch.float64, generator=g) for g in gs]
+            return torch.stack(rows)
+
+        expected = reference.sde(start[0], 9, draw)
+        self.compare("sde", expected, sit, start, cfg, low, high, path, make())
+
+
+# ---------------------------------------------------------------- the exact field
+
+
+def error(solver, steps, shift=1.0):
+    """Root mean square distance from the exact solution, and the number of network calls."""
+    net = Counting(Gaussian())
+    noise = torch.linspace(-2, 2, 64).view(1, 1, 8, 8)
+    x = sample(net, noise, torch.zeros(1).long(), solver=solver, steps=steps, shift=shift)
+    return float((x - net.net.solution(noise)).square().mean().sqrt()), len(net.calls)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("ode-euler", 1), ("ode-heun", 2), ("ode-ab2", 2)])
+def test_order_of_convergence(solver, order):
+    """Measured with 64 and 128 steps: float32 output ends the descent below 1e-7."""
+    coarse, fine = error(solver, 64)[0], error(solver, 128)[0]
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+
+
+def calls_for(solver, bound):
+    for steps in range(2, 2000):
+        found, calls = error(solver, steps)
+        if found < bound:
+            return calls
+    raise AssertionError((solver, bound))
+
+
+@pytest.mark.parametrize("bound", [1e-2, 3e-3])
+def test_ab2_reaches_the_same_error_with_fewer_network_calls(bound):
+    ab2, heun, euler = (calls_for(f"ode-{name}", bound) for name in ("ab2", "heun", "euler"))
+    assert ab2 < heun < euler, (ab2, heun, euler)
+
+
+CALLS = {"ode-euler": 10, "ode-heun": 19, "ode-ab2": 10, "sde": 10}
+
+
+@pytest.mark.parametrize(("solver", "calls"), CALLS.items())
+def test_number_of_network_calls(solver, calls):
+    assert error(solver, 10)[1] == calls
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_moments(solver, shift):
+    """Mean and spread of N(0.7, 0.4^2) from 40,000 noises; the SDE is first order and its last
+    step is one of 0.04, hence the wider bound."""
+    g = torch.Generator().manual_seed(0)
+    noise, y = torch.randn(40, 1, 32, 32, generator=g), torch.zeros(40).long()
+    x = sample(Gaussian(), noise, y, solver=solver, steps=200, generator=g, shift=shift)
+    bound = 0.02 if solver == "sde" else 0.01
+    assert float(x.mean()) == pytest.approx(0.7, abs=bound)
+    assert float(x.std()) == pytest.approx(0.4, abs=bound)
+
+
+def test_sde_noise_is_fresh_at_every_step():
+    """The result forgets where it started: correlation with the starting noise is not 1."""
+    g = torch.Generator().manual_seed(0)
+    noise, y = torch.randn(40, 1, 32, 32, generator=g), torch.zeros(40).long()
+    x = sample(Gaussian(), noise, y, solver="sde", steps=100, generator=g)
+    pair = torch.stack([noise.flatten(), x.flatten()])
+    assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.5
+
+
+# ---------------------------------------------------------------- guidance
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_guidance_of_one_is_none(solver, sit, start):
+    noise, y = start
+
+    def draw(**guidance):
+        g = torch.Generator().manual_seed(0)
+        return sample(sit, noise, y, solver=solver, steps=6, generator=g, **guidance)
+
+    plain, net = draw(), Counting(sit)
+    assert torch.equal(plain, draw(cfg_scale=1.0, guidance=(0.2, 0.7)))
+    assert not torch.allclose(plain, draw(cfg_scale=2.0), atol=1e-3)
+    g = torch.Generator().manual_seed(0)
+    sample(net, noise, y, solver=solver, steps=6, generator=g, cfg_scale=1.0)
+    assert {len(call.x) for call in net.calls} == {len(noise)}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_outside_the_interval_only_the_conditional_branch_runs(solver, sit, start):
+    noise, y = start
+    net, g = Counting(sit), torch.Generator().manual_seed(0)
+    sample(
+        net, noise, y, solver=solver, steps=11, cfg_scale=2.0, guidance=(0.25, 0.65), generator=g
+    )
+    both = y.tolist() + [CLASSES] * len(y)
+    for call in net.calls:
+        assert call.y == (both if 0.25 <= call.t <= 0.65 else y.tolist()), call.t
+    assert {len(call.y) for call in net.calls} == {len(y), 2 * len(y)}
+
+
+def test_the_ends_of_the_interval_belong_to_it(sit, start):
+    net = Counting(sit)
+    sample(net, *start, solver="ode-euler", steps=4, cfg_scale=2.0, guidance=(0.25, 0.75))
+    assert [(c.t, len(c.y) // len(start[1])) for c in net.calls] == [
+        (1.0, 1), (0.75, 2), (0.5, 2), (0.25, 2),
+    ]  # fmt: skip
+
+
+def test_heun_tests_the_interval_at_the_time_of_each_evaluation(sit, start):
+    """Step 0.75 -> 0.5 with the interval [0, 0.6]: the first call is outside, the second inside."""
+    net = Counting(sit)
+    sample(net, *start, solver="ode-heun", steps=4, cfg_scale=2.0, guidance=(0.0, 0.6))
+    assert [(c.t, len(c.y) // len(start[1])) for c in net.calls] == [
+        (1.0, 1), (0.75, 1), (0.75, 1), (0.5, 2), (0.5, 2), (0.25, 2), (0.25, 2),
+    ]  # fmt: skip
+
+
+def test_the_null_label_is_the_number_of_classes_of_the_model(start):
+    torch.manual_seed(0)
+    other = SiT(8, 2, 4, hidden_size=32, depth=1, num_heads=2, num_classes=7, encoder_dims=())
+    net = Counting(other)
+    sample(net, *start, solver="ode-euler", steps=1, cfg_scale=2.0)
+    assert net.calls[0].y[len(start[1]) :] == [7] * len(start[1])
+
+
+class Jump(torch.nn.Module):
+    """Velocity 1 with a label, 0 without."""
+
+    config = SimpleNamespace(num_classes=CLASSES)
+
+    def forward(self, x, t, y):
+        return (y != CLASSES).to(x.dtype).view(-1, 1, 1, 1).expand_as(x), []
+
+
+def test_ab2_starts_again_where_guidance_sets_in_and_ends():
+    """The guided field is 3 inside [0.25, 0.65] and 1 outside: piecewise constant, so that a solver
+    which never mixes the two is exact, and one that does is not."""
+    zero, y = torch.zeros(1, 4, 8, 8), torch.zeros(1).long()
+    x = sample(Jump(), zero, y, solver="ode-ab2", steps=10, cfg_scale=3.0, guidance=(0.25, 0.65))
+    # steps from t = 0.6, 0.5, 0.4 and 0.3 are guided
+    torch.testing.assert_close(x, torch.full_like(x, -(6 * 0.1 * 1 + 4 * 0.1 * 3)))
+
+
+def test_ab2_is_the_textbook_two_step_formula_inside(sit, start):
+    noise, y = start
+    reference = Reference(sit, y, 1, 0, 1, "linear")
+    times = [
+        shift_times(torch.tensor(1 - i / 5, dtype=torch.float64), 2.0).item() for i in range(6)
+    ]
+    x, before = noise.double(), None
+    for i in range(5):
+        v, h = reference.velocity(x, times[i], y), times[i + 1] - times[i]
+        if before is None:
+            x = x + h * v
+        else:  # the line through two velocities, integrated over the step
+            w = h / (times[i] - times[i - 1])
+            x = x + h * ((1 + w / 2) * v - w / 2 * before)
+        before = v
+    ours = sample(sit, noise, y, solver="ode-ab2", steps=5, shift=2.0)
+    torch.testing.assert_close(ours.double(), x, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------- numbers and times
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_state_is_float64_and_the_network_keeps_its_precision(solver, sit, start):
+    """A module without weights is handed the state itself; one with weights its own dtype."""
+    bare = Counting(Gaussian())
+    sample(bare, *start, solver=solver, steps=3, generator=torch.Generator().manual_seed(0))
+    assert {call.dtype for call in bare.calls} == {torch.float64}
+    net = Counting(sit)
+    sample(net, *start, solver=solver, steps=3, generator=torch.Generator().manual_seed(0))
+    assert {call.dtype for call in net.calls} == {torch.float32}
+
+
+def test_a_thousand_steps_lose_nothing(start):
+    """A float32 state would drift by 1e-5 here: each step rounds."""
+    noise, y = start
+    x = sample(Jump(), noise + 1000, y, solver="ode-euler", steps=4096)
+    torch.testing.assert_close(x, noise + 999, rtol=0, atol=1e-4)
+
+
+def test_times_reach_a_bfloat16_network_in_float32(start):
+    torch.manual_seed(0)
+    half = SiT(8, 2, 4, hidden_size=32, depth=1, num_heads=2, num_classes=3, encoder_dims=())
+    seen = []
+    half.bfloat16().register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    x = sample(half, *start, solver="ode-euler", steps=250)
+    assert x.dtype == torch.float32
+    assert {(a[0].dtype, a[1].dtype) for a in seen} == {(torch.bfloat16, torch.float32)}
+    assert len({float(a[1][0]) for a in seen}) == 250
+
+
+def test_a_network_left_in_gradient_mode_builds_no_graph(sit, start):
+    assert not sample(sit, *start, steps=2).requires_grad
+
+
+def test_shift_is_the_published_formula_and_one_is_the_identity():
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert torch.equal(shift_times(t, 1.0), t)
+    torch.testing.assert_close(shift_times(t, 3.0), 3 * t / (1 + 2 * t))
+    torch.testing.assert_close(shift_times(shift_times(t, 3.0), 1 / 3), t)
+    assert shift_times(t, 3.0)[0] == 0 and shift_times(t, 3.0)[-1] == 1
+    assert (shift_times(t, 3.0)[1:-1] > t[1:-1]).all()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_ends_of_the_times(shift):
+    ode, sde = solver_times("ode-heun", 10, shift), solver_times("sde", 10, shift)
+    assert ode.dtype == sde.dtype == torch.float64
+    assert (len(ode), ode[0], ode[-1]) == (11, 1, 0)
+    assert (len(sde), sde[0]) == (10, 1) and float(sde[-1]) == pytest.approx(SDE_LAST_TIME)
+    plain = torch.linspace(1, SDE_LAST_TIME, 10, dtype=torch.float64)
+    assert torch.equal(sde, plain) == (shift == 1)
+
+
+def test_the_shifted_times_are_those_the_network_sees(start):
+    net = Counting(Gaussian())
+    sample(net, *start, solver="ode-euler", steps=4, shift=3.0)
+    assert [c.t for c in net.calls] == pytest.approx([1.0, 0.9, 0.75, 0.5])
+
+
+def test_an_image_does_not_depend_on_its_batch(sit, start):
+    noise, y = start
+
+    def draw(rows):
+        gs = [torch.Generator().manual_seed(100 + i) for i in rows]
+        return sample(sit, noise[rows], y[rows], solver="sde", steps=7, generator=gs, cfg_scale=2.0)
+
+    together = draw([0, 1, 2, 3, 4])
+    apart = torch.cat([draw([0]), draw([1, 2]), draw([3, 4])])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("solver", "steps"), [("euler", 5), ("sde", 1), ("ode-euler", 0)])
+def test_what_cannot_be_sampled_is_refused(solver, steps, sit, start):
+    with pytest.raises(AssertionError):
+        sample(sit, *start, solver=solver, steps=steps)

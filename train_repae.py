@@ -1,0 +1,377 @@
+"""Train a VAE and a SiT together (REPA-E, arXiv 2504.10483), or one of the paper's baselines.
+
+    accelerate launch train_repae.py --config configs/imagenet256/repae-sdvae-xl2.yaml run.seed=1
+
+The same command again goes on from the newest checkpoint. Baselines are configs: `vae.train=false`
+is REPA, with `loss.align.sit=0` plain SiT; `loss.diffusion.to_vae=true` is naive end-to-end.
+
+x image in [-1, 1] (N, 3, H, W), z latent (N, C, h, w), t time (0 data, 1 noise), eps noise, v velocity,
+y label, feats frozen-encoder tokens (N, T, D_enc), h SiT tokens projected to the same shape.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from loss import reconstruction as rec
+from loss.alignment import alignment_loss, spatial_normalize
+from loss.diffusion import velocity_loss
+from loss.interpolant import interpolate
+from models.errors import UserError
+from utils import cli, distributed, tracking
+from utils.build import Nets, build_nets, describe, save_nets
+from utils.checkpoint import Checkpoints, find_fault, read_state, write_atomically
+from utils.config import Config, load_config, per_rank_batch, to_yaml
+from utils.data import StepSampler, make_loader, open_source
+from utils.draws import Draws, draw
+from utils.ema import ema_decay, update_ema
+from utils.images import u8_to_pm1
+from utils.learner import only_training
+from utils.preview import Previewer
+
+# --------------------------------------------------------------------------------------
+# The method: one step, three phases.
+
+
+@dataclass
+class Part:
+    """One micro-batch, and what one phase leaves for the next."""
+
+    x: torch.Tensor  # (N, 3, H, W) in [-1, 1]
+    y: torch.Tensor  # (N,) int64
+    draws: Draws
+    feats: list[torch.Tensor] = field(default_factory=list)  # of the frozen encoders
+    z: torch.Tensor | None = None  # set by the VAE phase, detached
+    x_hat: torch.Tensor | None = None  # set by the VAE phase, detached
+
+
+def train_step(
+    nets: Nets, x: torch.Tensor, y: torch.Tensor, draws: Draws, config: Config, step: int
+) -> dict[str, torch.Tensor]:
+    """One optimizer step of every network that trains; returns scalars, still on the device.
+
+    Which loss may touch which network is the whole idea (tests/test_routing.py checks each cell):
+
+      term                           VAE   SiT+proj  disc    t, eps      latents entering the SiT
+      L_REG = pixel+LPIPS+KL+GAN     yes   -         frozen  -           -
+      align.vae * L_REPA             yes   frozen    -       drawn here  z, running stats, labels kept
+      hinge                          -     -         yes     -           x_hat.detach()
+      L_DIFF + align.sit * L_REPA    no    yes       -       the same    z.detach(), batch stats,
+                                                                         labels dropped
+    """
+    x = torch.where(draws.flip[:, None, None, None], x.flip(-1), x)
+    k = config.run.accumulation
+    parts = [Part(*p) for p in zip(x.chunk(k), y.chunk(k), draws.split(k))]
+    encode_targets(nets, parts, config)
+    if config.vae.train:
+        metrics = vae_phase(nets, parts, config, step)
+        if nets.disc:
+            metrics |= discriminator_phase(nets, parts, config, step)
+    else:
+        metrics = frozen_vae_phase(nets, parts)
+    metrics |= sit_phase(nets, parts, config, step)
+    update_ema(nets.ema, nets.sit, ema_decay(step, config.ema.decay, config.ema.warmup))
+    return metrics
+
+
+@torch.no_grad()
+def encode_targets(nets: Nets, parts: list[Part], config: Config) -> None:
+    """What the SiT's tokens are aligned with."""
+    alpha = config.loss.align.spatial_norm
+    for part in parts:
+        with nets.autocast():
+            part.feats = [encoder(part.x) for encoder in nets.encoders]
+        if alpha:
+            part.feats = [spatial_normalize(f, alpha) for f in part.feats]
+
+
+def vae_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict[str, torch.Tensor]:
+    """L_REG + align.vae * L_REPA into the VAE alone."""
+    vae, total = nets.learn["vae"], Sums(len(parts))
+    nets.sit.eval()  # running statistics in the latent norm
+    with only_training(vae):
+        for part in vae.micro_batches(parts):
+            with nets.autocast():
+                posterior, z, x_hat = vae.ddp(part.x, part.draws.posterior_noise)
+            terms = regularisation_terms(nets, part.x, x_hat, posterior, config, step)
+            terms |= terms_through_sit(nets, part, z, config)
+            vae.backward(total.add(terms))
+            part.z, part.x_hat = z.detach(), x_hat.detach()
+        norm = vae.step(step)
+    return total.metrics("vae") | {"grad_norm/vae": norm}
+
+
+def regularisation_terms(nets: Nets, x, x_hat, posterior, config: Config, step: int) -> dict:
+    """L_REG as {name: (weight, value)}, in float32."""
+    reg = config.loss.reg
+    terms = {"pixel": (reg.pixel, rec.pixel_loss(x_hat, x, reg.pixel_kind))}
+    terms["kl"] = (reg.kl, rec.kl_loss(posterior.mean, posterior.logvar))
+    if nets.lpips:
+        value = rec.perceptual_loss(nets.lpips, x_hat, x, reg.lpips_double_scaling)
+        terms["lpips"] = (reg.lpips, value)
+    if nets.disc and step >= reg.gan_start:
+        (logits,) = nets.disc(x_hat.float())
+        terms["gan"] = (reg.gan, rec.generator_loss(logits))
+    return terms
+
+
+def terms_through_sit(nets: Nets, part: Part, z: torch.Tensor, config: Config) -> dict:
+    """What reaches the VAE through the frozen SiT: L_REPA; for naive end-to-end L_DIFF as well."""
+    align = config.loss.align.vae if nets.encoders else 0.0
+    naive = config.loss.diffusion.to_vae
+    if not (align or naive):
+        return {}
+    d = part.draws
+    x_t, v = interpolate(nets.sit.normalize(z), d.eps, d.t, config.loss.diffusion.path)
+    with nets.autocast():
+        v_hat, h = nets.sit(x_t, d.t, part.y, stop_at_align=not naive)
+    terms = {"align": (align, alignment_loss(h, part.feats))} if align else {}
+    return terms | ({"diffusion": (1.0, velocity_loss(v_hat, v))} if naive else {})
+
+
+@torch.no_grad()
+def frozen_vae_phase(nets: Nets, parts: list[Part]) -> dict[str, torch.Tensor]:
+    """Latents of a VAE that does not train."""
+    for part in parts:
+        with nets.autocast():
+            posterior = nets.vae.encode(part.x)
+        part.z = posterior.mean + posterior.std * part.draws.posterior_noise
+    return {}
+
+
+def discriminator_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict:
+    """Hinge loss on the same reconstructions, into the discriminator alone; in float32."""
+    disc, total = nets.learn["disc"], Sums(len(parts))
+    with only_training(disc):
+        for part in disc.micro_batches(parts):
+            real, fake = disc.ddp(part.x, part.x_hat.float())
+            terms = {"hinge": (1.0, rec.hinge_loss(real, fake))}
+            if nets.lecam:
+                terms["lecam"] = (config.loss.reg.lecam, nets.lecam(real, fake))
+            disc.backward(total.add(terms))
+        norm = disc.step(step)
+    logits = {"disc/logits_real": real.mean(), "disc/logits_fake": fake.mean()}
+    return total.metrics("disc") | logits | {"grad_norm/disc": norm}
+
+
+def sit_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict[str, torch.Tensor]:
+    """L_DIFF + align.sit * L_REPA into the SiT and its projectors; z is cut off from the VAE.
+
+    The whole batch is normalised at once: batch statistics do not depend on micro-batches.
+    """
+    sit, total = nets.learn["sit"], Sums(len(parts))
+    nets.sit.train()  # batch statistics in the latent norm, which move the running ones
+    z_n = nets.sit.normalize(torch.cat([part.z for part in parts])).chunk(len(parts))
+    with only_training(sit):
+        for part, z in sit.micro_batches(list(zip(parts, z_n))):
+            d = part.draws
+            x_t, v = interpolate(z, d.eps, d.t, config.loss.diffusion.path)
+            with nets.autocast():
+                v_hat, h = sit.ddp(x_t, d.t, drop_labels(part.y, d.drop_label, nets.sit.null_label))
+            terms = {"diffusion": (1.0, velocity_loss(v_hat, v))}
+            if nets.encoders:
+                terms["align"] = (config.loss.align.sit, alignment_loss(h, part.feats))
+            sit.backward(total.add(terms))
+        norm = sit.step(step)
+    return total.metrics("sit") | {"grad_norm/sit": norm}
+
+
+def drop_labels(y: torch.Tensor, drop: torch.Tensor, null_label: int | None) -> torch.Tensor:
+    """Labels (N,) with the null label where `drop`, for classifier-free guidance."""
+    return y if null_label is None else torch.where(drop, null_label, y)
+
+
+class Sums:
+    """The terms of one phase, averaged over its micro-batches."""
+
+    def __init__(self, parts: int):
+        self.parts, self.means = parts, {}
+
+    def add(self, terms: dict[str, tuple[float, torch.Tensor]]) -> torch.Tensor:
+        """{name: (weight, value)} of one micro-batch => its share of the loss to differentiate."""
+        for name, (_, value) in terms.items():
+            self.means[name] = self.means.get(name, 0.0) + value.detach() / self.parts
+        return sum(weight * value for weight, value in terms.values()) / self.parts
+
+    def metrics(self, phase: str) -> dict[str, torch.Tensor]:
+        """The unweighted means."""
+        return {f"loss/{phase}/{name}": mean for name, mean in self.means.items()}
+
+
+# --------------------------------------------------------------------------------------
+# The run: everything around the step.
+
+
+def main() -> int | None:
+    args = parse_args()
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        return print_plan(config)
+    accelerator = distributed.start(config.run_dir, config.run.trackers, config.run.tf32)
+    try:
+        train(config, accelerator)
+    except tracking.NonFiniteError as error:
+        last = Checkpoints(config.run_dir).latest(report=lambda _: None)
+        accelerator.print(f"stopped: {error}; last good checkpoint: {last or 'none'}", file=sys.stderr)
+        return 1
+    finally:
+        accelerator.end_training()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML; several are merged in order"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and exit")
+    args, args.overrides = parser.parse_known_args()
+    return args
+
+
+def print_plan(config: Config) -> None:
+    """--dry-run: the resolved config and what follows from it. Needs neither weights nor data."""
+    try:
+        source = open_training_data(config)
+    except UserError as error:
+        print(f"note: {error}")
+        source = None
+    print(to_yaml(config))
+    for name, value in describe(config, source, distributed.launched_ranks()).items():
+        print(f"{name:>16}: {value}")
+
+
+def open_training_data(config: Config):
+    """The source that the config names; `UserError` if its classes are not the expected ones."""
+    d = config.data
+    source = open_source(d.source, d.path, d.resolution, d.split)
+    if d.num_classes not in (None, source.num_classes):
+        raise UserError(
+            f"data.num_classes={d.num_classes}, but the data has {source.num_classes}: "
+            "correct it, or set data.num_classes=null"
+        )
+    return source
+
+
+def train(config: Config, accelerator: distributed.Accelerator) -> None:
+    """Train until `run.steps`, a signal, or a loss that is not finite."""
+    run, rank, ranks = config.run, accelerator.process_index, accelerator.num_processes
+    batch = per_rank_batch(config, ranks)
+    source = open_training_data(config)
+    checkpoints = Checkpoints(config.run_dir, run.keep_last, run.milestone_every)
+    checkpoint = find_start(config, checkpoints, accelerator)
+    first = read_step(checkpoint)
+    sampler = StepSampler(
+        len(source),
+        run.batch_size,
+        seed=run.seed,
+        rank=rank,
+        world=ranks,
+        start_step=first,
+        end_step=run.steps,
+    )
+    nets = build_nets(config, source, accelerator, checkpoint)
+    tracker = start_logging(config, accelerator, first)
+    previewer = Previewer(config, source, accelerator)
+    stop = distributed.StopSignal(accelerator)
+    shape = (batch, *nets.vae.latent_shape(config.data.resolution))
+    loader = make_loader(source, sampler, config.data.workers, accelerator.device.type == "cuda")
+    bar = progress_bar(first, run.steps, accelerator)
+
+    for step, (x_u8, y) in enumerate(loader, start=first):
+        x = u8_to_pm1(x_u8.to(accelerator.device, non_blocking=True))
+        y = y.to(accelerator.device, non_blocking=True)
+        draws = draw(config, step, rank, shape, accelerator.device)
+        tracker.add(train_step(nets, x, y, draws, config, step), step)
+        done = step + 1
+        bar.update()
+        stopping = stop.agreed(done)
+        last = stopping or done == run.steps
+        saving = last or done % run.save_every == 0
+        if saving or done % run.log_every == 0:
+            show(bar, tracker.flush(done))
+        if previewer.is_due(done, last):
+            previewer.write(nets, done)
+        if saving:
+            state = {"epoch": done * run.batch_size / len(source), "seed": run.seed, "ranks": ranks}
+            state |= {"path": config.loss.diffusion.path}
+            save(nets, checkpoints, done, state, accelerator)
+        if stopping:
+            accelerator.print(f"\ntold to stop: saved step {done}; run the same command to go on")
+            break
+    bar.close()
+
+
+def find_start(config: Config, checkpoints: Checkpoints, accelerator) -> Path | None:
+    """The checkpoint to go on from, the same on every rank; None for a new run."""
+    answer = [None, None]  # checkpoint, fault
+    if accelerator.is_main_process:
+        answer = list(_choose_start(config, checkpoints, accelerator.print))
+    checkpoint, fault = distributed.from_main(answer)
+    if fault:
+        raise UserError(fault)
+    accelerator.print(f"going on from {checkpoint}" if checkpoint else "starting a new run")
+    return checkpoint
+
+
+def _choose_start(config: Config, checkpoints: Checkpoints, report) -> tuple[Path | None, str | None]:
+    """(checkpoint or None, what is wrong or None)"""
+    resume = config.run.resume
+    checkpoints.sweep()
+    if resume == "auto":
+        return checkpoints.latest(report), None
+    if resume == "never":
+        taken = checkpoints.latest(report)
+        fault = f"{config.run_dir} holds checkpoints and run.resume=never: choose another run.name"
+        return None, fault if taken else None
+    fault = find_fault(Path(resume))
+    return Path(resume), f"run.resume={resume} is not a whole checkpoint: {fault}" if fault else None
+
+
+def read_step(checkpoint: Path | None) -> int:
+    return read_state(checkpoint)["step"] if checkpoint else 0
+
+
+def start_logging(config: Config, accelerator, first: int) -> tracking.Tracker:
+    """Record the config (an earlier, different one is kept beside it) and open the trackers."""
+    tracker = tracking.Tracker(accelerator, config.run_dir, config.run.batch_size)
+    if accelerator.is_main_process:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        path, text = config.run_dir / "config.yaml", to_yaml(config)
+        if path.is_file() and path.read_text() != text:
+            accelerator.print(f"the config has changed: the old one is kept as config.{first:07d}.yaml")
+            path.rename(path.with_name(f"config.{first:07d}.yaml"))
+        write_atomically(path, text)
+    tracker.rewind(first)
+    if config.run.trackers:
+        accelerator.init_trackers("repa-e")
+    return tracker
+
+
+def progress_bar(first: int, steps: int, accelerator) -> tqdm:
+    """Steps, steps/s and the time left; rare updates where the output is a log file."""
+    interval = 0.5 if sys.stderr.isatty() else 15
+    hidden = not accelerator.is_main_process
+    return tqdm(initial=first, total=steps, disable=hidden, mininterval=interval, unit="step")
+
+
+def show(bar: tqdm, row: dict[str, float]) -> None:
+    """Throughput and the SiT's losses beside the progress bar."""
+    if not row:
+        return
+    short = {k.rsplit("/", 1)[1]: f"{v:.3f}" for k, v in row.items() if k.startswith("loss/sit/")}
+    bar.set_postfix({"images/s": f"{row['images_per_second']:.1f}"} | short, refresh=False)
+
+
+def save(nets: Nets, checkpoints: Checkpoints, step: int, state: dict, accelerator) -> None:
+    """One checkpoint, written by the main process while the others wait."""
+    if accelerator.is_main_process:
+        checkpoints.save(step, lambda folder: save_nets(nets, folder), state)
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    cli.run(main)

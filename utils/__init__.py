@@ -1,0 +1,1 @@
+"""Plumbing: configuration, data, checkpoints, distribution, sampling, metrics."""

@@ -1,0 +1,273 @@
+"""From a configuration to networks: built, loaded, wrapped; and what can be said of a run beforehand."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from lpips import LPIPS
+from safetensors.torch import load_file, save_file
+
+from loss.reconstruction import LeCam, load_lpips
+from models.discriminator import PatchGAN
+from models.encoders import Encoder, encoder_shape, load_encoder
+from models.errors import UserError
+from models.sit import SiT
+from models.vae import VAE, build_vae, load_vae
+from utils.config import Config, per_rank_batch
+from utils.data import Source, step_indices
+from utils.draws import generator
+from utils.ema import make_ema
+from utils.images import u8_to_pm1
+from utils.learner import DTYPES, Learner
+
+
+@dataclass
+class Nets:
+    """All networks of a run, raw; `learn` holds what trains those that train: vae, sit, disc."""
+
+    vae: VAE
+    sit: SiT
+    disc: PatchGAN | None = None
+    encoders: list[Encoder] = field(default_factory=list)
+    lpips: LPIPS | None = None
+    lecam: LeCam | None = None
+    ema: SiT | None = None
+    learn: dict[str, Learner] = field(default_factory=dict)
+    precision: str = "fp32"
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, for forwards only."""
+        device, dtype = self.sit.device.type, DTYPES[self.precision]
+        return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+
+def build_nets(
+    config: Config, source: Source, accelerator: Accelerator, checkpoint: Path | None = None
+) -> Nets:
+    """Networks at their start, or as `checkpoint` holds them; ready to train."""
+    c, device = config, accelerator.device
+    with accelerator.main_process_first():  # one process downloads, the others read its cache
+        vae = _seeded(c, "vae", lambda: _load_vae(c, checkpoint)).to(device)
+        encoders = _seeded(c, "encoders", lambda: load_encoders(c, device))
+        net = load_lpips(c.loss.reg.lpips_weights) if c.vae.train and c.loss.reg.lpips else None
+    disc = _seeded(c, "disc", lambda: build_disc(c)).to(device) if c.uses_disc else None
+    lecam = LeCam().to(device) if c.uses_disc and c.loss.reg.lecam else None
+    dims = tuple(encoder.embed_dim for encoder in encoders)
+    sit = _seeded(c, "sit", lambda: build_sit(c, vae, source.num_classes, dims)).to(device)
+    if checkpoint is None:
+        sit.bn.set_stats(*(vae.latent_stats() or measure_latents(vae, source, c)))
+    nets = Nets(vae, sit, disc, encoders, net.to(device) if net else None, lecam)
+    nets.precision = c.run.precision
+    if checkpoint is not None:
+        load_weights(nets, checkpoint)
+    _set_up(nets, c, accelerator)
+    nets.ema = make_ema(sit)
+    if checkpoint is not None:
+        _load_strictly(nets.ema, SiT.from_pretrained(checkpoint / "sit_ema").state_dict(), "sit_ema")
+        load_optimizers(nets, checkpoint)
+    return nets
+
+
+def _set_up(nets: Nets, c: Config, accelerator: Accelerator) -> None:
+    """Memory format, checkpointing, compilation, and a learner for each network that trains."""
+    if c.run.channels_last:
+        for net in filter(None, (nets.vae, nets.disc, nets.lpips)):
+            _to_channels_last(net)
+    if c.run.gradient_checkpointing:
+        nets.sit.enable_gradient_checkpointing()
+        nets.vae.enable_gradient_checkpointing()
+    if c.run.compile:
+        for net in filter(None, (nets.vae, nets.sit, nets.disc)):
+            net.compile()
+    nets.vae.eval()  # no dropout in it: train and eval mode are the same
+    trained = {"vae": (nets.vae, c.vae.optim)} if c.vae.train else {}
+    trained |= {"sit": (nets.sit, c.sit.optim)}
+    trained |= {"disc": (nets.disc, c.disc.optim)} if nets.disc else {}
+    for name, (net, optim) in trained.items():
+        nets.learn[name] = Learner(net, optim, accelerator, c.run.precision)
+    if not c.vae.train:
+        nets.vae.requires_grad_(False)
+
+
+def _to_channels_last(net: nn.Module) -> None:
+    """Layer by layer: Qwen's VAE has 3-D convolutions too, which a blanket conversion refuses."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+
+
+def _load_vae(c: Config, checkpoint: Path | None) -> VAE:
+    return load_vae(str(checkpoint / "vae")) if checkpoint else load_vae(c.vae.name, c.vae.weights)
+
+
+def load_encoders(c: Config, device: torch.device) -> list[Encoder]:
+    """The frozen encoders of the alignment loss; none where nothing is aligned."""
+    if not c.uses_encoder:
+        return []
+    files = c.encoder.weights or [None] * len(c.encoder.names)
+    grid = encoder_grid(c)
+    return [
+        load_encoder(name, file, c.data.resolution, grid).to(device)
+        for name, file in zip(c.encoder.names, files)
+    ]
+
+
+def encoder_grid(c: Config) -> int:
+    return c.encoder.grid or c.data.resolution // 16
+
+
+def build_disc(c: Config) -> PatchGAN:
+    """The discriminator, from its file if one is given."""
+    disc = PatchGAN(c.disc.layers, c.disc.channels, c.disc.norm)
+    disc.check_resolution(c.data.resolution)
+    if c.disc.weights:
+        path = Path(c.disc.weights)
+        if not path.is_file():
+            raise UserError(f"disc.weights={path}: no such file")
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        _load_strictly(disc, state, str(path))
+    return disc
+
+
+def build_sit(c: Config, vae: VAE, num_classes: int, encoder_dims: tuple[int, ...]) -> SiT:
+    """A SiT that fits the latents of `vae`; `UserError` where shapes do not meet."""
+    channels, height, _ = vae.latent_shape(c.data.resolution)
+    shape = c.sit_shape()
+    if height % shape["patch_size"]:
+        raise UserError(
+            f"patch size {shape['patch_size']} does not divide the {height}x{height} latents of "
+            f"{c.vae.name} at {c.data.resolution} px: choose another sit.size or sit.patch_size"
+        )
+    grid = height // shape["patch_size"]
+    if encoder_dims and encoder_grid(c) != grid:
+        raise UserError(
+            f"the SiT has {grid}x{grid} tokens, the encoder {encoder_grid(c)}x{encoder_grid(c)}: "
+            f"choose another sit.size, or set encoder.grid={grid}"
+        )
+    return SiT(
+        input_size=height,
+        in_channels=channels,
+        num_classes=num_classes,
+        class_dropout_prob=c.sit.class_dropout_prob,
+        encoder_dims=encoder_dims,
+        align_depth=c.loss.align.depth,
+        projector=c.sit.projector,
+        projector_dim=c.sit.projector_dim,
+        qk_norm=c.sit.qk_norm,
+        latent_norm="batch" if c.latent_norm.enabled and c.vae.train else "fixed",
+        **shape,
+    )
+
+
+@torch.no_grad()
+def measure_latents(vae: VAE, source: Source, c: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-channel mean and std (C,) of posterior samples over the first images of the data order."""
+    num, chunk = min(c.latent_norm.stats_images, len(source)), 32
+    order = step_indices(len(source), num, c.run.seed, step=0).tolist()
+    device = next(vae.parameters()).device
+    total, squares, count = 0.0, 0.0, 0
+    for start in range(0, num, chunk):
+        x = u8_to_pm1(torch.stack([source[i][0] for i in order[start : start + chunk]]).to(device))
+        posterior = vae.encode(x)
+        g = generator("latent stats", c.run.seed, start, device=device)
+        noise = torch.randn(posterior.mean.shape, generator=g, device=device)
+        z = (posterior.mean + posterior.std * noise).double()
+        total, squares = total + z.sum(dim=(0, 2, 3)), squares + z.square().sum(dim=(0, 2, 3))
+        count += z.numel() // z.shape[1]
+    mean = total / count
+    return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
+
+
+def save_nets(nets: Nets, folder: Path) -> None:
+    """The networks' part of a checkpoint: vae/ sit/ sit_ema/ discriminator.safetensors optim.pt."""
+    mean, std = nets.ema.bn.stats()
+    nets.vae.save(folder / "vae", mean, std)
+    nets.sit.save_pretrained(folder / "sit")
+    nets.ema.save_pretrained(folder / "sit_ema")
+    if nets.disc:
+        save_file(nets.disc.state_dict(), folder / "discriminator.safetensors")
+    optim = {name: learner.state_dict() for name, learner in nets.learn.items()}
+    optim |= {"lecam": nets.lecam.state_dict()} if nets.lecam else {}
+    torch.save(optim, folder / "optim.pt")
+
+
+def load_weights(nets: Nets, folder: Path) -> None:
+    """Raw SiT and discriminator of a checkpoint (its VAE was loaded when it was built)."""
+    _load_strictly(nets.sit, SiT.from_pretrained(folder / "sit").state_dict(), "sit")
+    if nets.disc:
+        path = folder / "discriminator.safetensors"
+        if not path.is_file():
+            raise UserError(f"{folder} has no discriminator: set loss.reg.gan=0, or start a new run")
+        _load_strictly(nets.disc, load_file(path), "discriminator")
+
+
+def load_optimizers(nets: Nets, folder: Path) -> None:
+    """Moments, loss scales and LeCam averages of a checkpoint."""
+    state = torch.load(folder / "optim.pt", map_location="cpu", weights_only=True)
+    missing = set(nets.learn) - set(state)
+    if missing:
+        raise UserError(f"{folder} has no optimizer state of {', '.join(missing)}: start a new run")
+    for name, learner in nets.learn.items():
+        learner.load_state_dict(state[name])
+    if nets.lecam and "lecam" in state:
+        nets.lecam.load_state_dict(state["lecam"])
+
+
+def _load_strictly(net: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
+    try:
+        net.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{what} does not fit the network of this config: {error}") from None
+
+
+def _seeded(c: Config, name: str, build):
+    """Random initial weights that depend on (seed, name) alone, not on what was built before."""
+    with _fork_seed(generator("init", c.run.seed, name).initial_seed()):
+        return build()
+
+
+@contextmanager
+def _fork_seed(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def describe(c: Config, source: Source | None, ranks: int) -> dict[str, str]:
+    """What a run will be, before anything is loaded: shapes, tokens, parameters, steps per epoch."""
+    with torch.device("meta"):
+        vae = build_vae(c.vae.name)
+        shapes = [encoder_shape(n, c.data.resolution, encoder_grid(c)) for n in c.encoder.names]
+        dims = tuple(dim for _, dim in shapes) if c.uses_encoder else ()
+        classes = source.num_classes if source else c.data.num_classes or 1000
+        sit = build_sit(c, vae, classes, dims)
+        disc = build_disc(c) if c.uses_disc else None
+    rank_batch = per_rank_batch(c, ranks)
+    latent = "x".join(map(str, vae.latent_shape(c.data.resolution)))
+    epoch = f"{len(source) // c.run.batch_size:,}" if source else f"unknown: no data at {c.data.path}"
+    backbone = count(sit) - count(sit.projectors)
+    return {
+        "global batch": f"{c.run.batch_size} = {rank_batch // c.run.accumulation} per rank x "
+        f"{ranks} rank(s) x {c.run.accumulation} micro-batch(es)",
+        "steps per epoch": epoch,
+        "steps": f"{c.run.steps:,} ({c.run.steps * c.run.batch_size:,} images)",
+        "classes": str(classes) + ("" if source else " (assumed: data not found)"),
+        "latents": latent,
+        "tokens": f"{sit.grid}x{sit.grid} = {sit.grid**2}",
+        "encoders": ", ".join(c.encoder.names) if c.uses_encoder else "none",
+        "parameters": f"SiT {backbone:,} + projectors {count(sit.projectors):,}, "
+        f"VAE {count(vae):,}" + (f", discriminator {count(disc):,}" if disc else ""),
+        "trained": ", ".join(["VAE"] * c.vae.train + ["SiT"] + ["discriminator"] * c.uses_disc),
+        "images/s": "unknown until measured",
+    }
+
+
+def count(net: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in net.parameters())

@@ -1,0 +1,147 @@
+"""A checkpoint is a directory, and the release format (layout: README, "What a run leaves").
+
+Written under a temporary name, synced to disk, renamed: a directory with a valid `state.json` is
+whole, whatever killed the process; anything else is ignored and reported.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from models.errors import UserError
+
+STATE = "state.json"
+_UNFINISHED = (".tmp-", ".trash-")
+
+
+class Checkpoints:
+    """The checkpoints of one run, `RUN_DIR/checkpoints/0400000`; only one process may write."""
+
+    def __init__(self, run_dir: Path, keep_last: int = 3, milestone_every: int = 0):
+        self.folder = run_dir / "checkpoints"
+        self.keep_last, self.milestone_every = keep_last, milestone_every
+
+    def save(self, step: int, write: Callable[[Path], None], state: dict) -> Path:
+        """Call `write(folder)` to fill a new checkpoint, then seal it with `state` and file hashes."""
+        final = self.folder / f"{step:07d}"
+        draft = self.folder / f"{_UNFINISHED[0]}{final.name}"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write(draft)
+        files = {str(p.relative_to(draft)): sha256(p) for p in _files(draft)}
+        sealed = {"step": step} | state | {"versions": versions(), "files": files}
+        (draft / STATE).write_text(json.dumps(sealed, indent=1) + "\n")
+        _sync_tree(draft)
+        if final.exists():  # not whole, or the run would have gone on from it
+            self._remove(final)
+        draft.rename(final)
+        _sync(self.folder)
+        self._retire()
+        return final
+
+    def latest(self, report: Callable[[str], None] = print) -> Path | None:
+        """The newest whole checkpoint; `report` is told of every one passed over."""
+        for folder in sorted(self._all(), reverse=True):
+            fault = find_fault(folder)
+            if fault is None:
+                return folder
+            report(f"ignored {folder}: {fault}")
+        return None
+
+    def sweep(self) -> None:
+        """Delete what killed processes left half-written or half-deleted."""
+        for folder in self.folder.glob(".*"):
+            if folder.name.startswith(_UNFINISHED):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        return [p for p in self.folder.glob("[0-9]*") if p.is_dir() and p.name.isdigit()]
+
+    def _retire(self) -> None:
+        for folder in sorted(self._all())[: -self.keep_last]:
+            if not self.milestone_every or int(folder.name) % self.milestone_every:
+                self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        """Rename first, so that a kill cannot leave half a checkpoint under a valid name."""
+        trash = folder.with_name(_UNFINISHED[1] + folder.name)
+        shutil.rmtree(trash, ignore_errors=True)
+        shutil.rmtree(folder.rename(trash))
+
+
+def find_fault(folder: Path) -> str | None:
+    """What keeps `folder` from being a whole checkpoint; None if it is one. Reads every byte."""
+    try:
+        files = json.loads((folder / STATE).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"no valid {STATE}"
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if sha256(path) != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def read_state(folder: Path) -> dict:
+    """state.json of a whole checkpoint, or `UserError`."""
+    fault = find_fault(folder)
+    if fault:
+        raise UserError(f"{folder} is not a whole checkpoint: {fault}")
+    return json.loads((folder / STATE).read_text())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str | None]:
+    """What this was computed with, for whoever repeats it."""
+    names = ("torch", "diffusers", "accelerate", "timm", "numpy")
+    return {"python": platform.python_version(), "commit": git_commit()} | {
+        name: version(name) for name in names
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of this source tree ("-dirty" if files differ from it); None outside a git checkout."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return answer.stdout.strip() or None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file; a kill leaves the old one or the new one."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(text)
+    _sync(draft)
+    draft.rename(path)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,331 @@
+"""The configuration of a run: nested dataclasses, a YAML file of differences, `key=value` overrides.
+
+Every field says its unit and meaning. An unknown key, a wrong type or a combination that cannot
+train ends in one line (`UserError`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from models.errors import UserError
+from models.sit import SIZES
+
+
+@dataclass
+class Optim:
+    """AdamW of one network."""
+
+    lr: float = 1e-4  # constant after the warm-up; 2e-5 for the VAE when it starts from FLUX, SD3.5 or Qwen
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0  # gradient norm of this network alone; 0 = no clipping
+    warmup_steps: int = 0  # optimizer steps of linear learning-rate warm-up
+
+
+@dataclass
+class Run:
+    """One run, its machine, and what it leaves behind."""
+
+    name: str = "repae"  # everything goes to OUT/NAME
+    out: str = "exps"  # parent folder of all runs
+    seed: int = 0  # weights, data order, and every random draw
+    steps: int = 400_000  # optimizer steps; 400K x 256 = 80 epochs of ImageNet
+    batch_size: int = 256  # images per optimizer step, over all ranks and micro-batches
+    accumulation: int = 1  # micro-batches per optimizer step
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # autocast around forwards; weights are fp32
+    tf32: bool = True  # TF32 in what is left in float32, on GPUs that have it
+    compile: bool = False  # torch.compile the SiT, the VAE and the discriminator
+    gradient_checkpointing: bool = False  # recompute activations of SiT and VAE: less memory, slower
+    channels_last: bool = False  # NHWC convolutions in VAE, discriminator and LPIPS
+    resume: str = "auto"  # auto = newest whole checkpoint of this run; never; or a checkpoint folder
+    log_every: int = 100  # steps between log lines (means over the steps in between)
+    save_every: int = 10_000  # steps between checkpoints
+    keep_last: int = 3  # newest checkpoints kept
+    milestone_every: int = 100_000  # steps; checkpoints at its multiples are kept for ever; 0 = none
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # tensorboard, wandb; [] = none
+
+
+@dataclass
+class Data:
+    """Training images."""
+
+    source: str = "packed"  # packed, folder, hdf5, digits, synthetic
+    path: str | None = None  # folder of the source; digits and synthetic need none
+    split: str = "all"  # digits only: train, test, all
+    resolution: int = 256  # pixels
+    num_classes: int | None = None  # expected number; null = whatever the data has
+    hflip: bool = False  # flip half of the images; the published recipe does not
+    workers: int = 8  # loader processes per rank
+
+
+@dataclass
+class Vae:
+    """The autoencoder."""
+
+    name: str = "sdvae"  # short name, hub id, folder or CompVis .pt (models/vae.py)
+    weights: str | None = "hub"  # hub = the published ones; a folder or file; null = from scratch
+    train: bool = True  # false = frozen: REPA, or plain SiT
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass
+class Sit:
+    """The diffusion transformer. The four null fields override those of `size`."""
+
+    size: str = "SiT-XL/2"  # SiT-{S,B,L,XL}/{1,2,4,8}
+    depth: int | None = None  # blocks
+    hidden_size: int | None = None  # width D
+    num_heads: int | None = None
+    patch_size: int | None = None  # latent pixels
+    qk_norm: bool = False
+    class_dropout_prob: float = 0.1  # share of labels replaced by the null label; 0 = no guidance
+    projector: Literal["mlp", "conv"] = "mlp"  # conv = iREPA's
+    projector_dim: int = 2048  # hidden width of the mlp projector
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass
+class Disc:
+    """The PatchGAN discriminator."""
+
+    layers: int = 3  # stride-2 stages + 1
+    channels: int = 64  # width of the first layer
+    norm: Literal["batch", "group"] = "batch"  # group: accumulation equals the big batch exactly
+    weights: str | None = None  # safetensors, or a published -discriminator-ckpt.pt; null = random
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass
+class LatentNorm:
+    """Batch norm between VAE and SiT."""
+
+    enabled: bool = True  # false = statistics of the starting VAE, never updated
+    stats_images: int = 4096  # images that measure them when the starting VAE brings none
+
+
+@dataclass
+class Encoder:
+    """Frozen encoders to align with."""
+
+    names: list[str] = field(default_factory=lambda: ["dinov2-b"])  # models/encoders.py, or timm:NAME
+    weights: list[str | None] = field(default_factory=list)  # a file for each name; [] = published
+    grid: int | None = None  # tokens per side; null = resolution / 16
+
+
+@dataclass
+class Diffusion:
+    """L_DIFF."""
+
+    path: Literal["linear", "cosine"] = "linear"  # interpolant
+    time: Literal["uniform", "lognormal"] = "uniform"  # distribution of t
+    to_vae: bool = False  # true = naive end-to-end: L_DIFF reaches the VAE too, and collapses it
+
+
+@dataclass
+class Align:
+    """L_REPA; both weights 0 = no encoder is loaded at all."""
+
+    sit: float = 0.5  # weight in the SiT phase
+    vae: float = 1.5  # weight in the VAE phase
+    depth: int = 8  # SiT block (1-based) whose output is aligned
+    spatial_norm: float = 0.0  # iREPA: 0.6; 0 = features as they are
+
+
+@dataclass
+class Reg:
+    """L_REG of the VAE; a weight of 0 leaves the term out and loads nothing for it."""
+
+    pixel: float = 1.0  # per-pixel mean
+    pixel_kind: Literal["l1", "mse"] = "l1"  # l1 as trained; the paper's text says mse
+    lpips: float = 1.0  # VGG-16
+    lpips_weights: str | None = None  # torchvision vgg16 file; null = torch hub cache
+    lpips_double_scaling: bool = False  # true = VGG sees [-3, 1], as in the published runs
+    kl: float = 1e-6  # summed over the latent, mean over images
+    gan: float = 0.1  # fixed weight of the generator term; 0 = no discriminator
+    gan_start: int = 0  # step from which the VAE sees it (the discriminator trains from step 0)
+    lecam: float = 0.0  # LeCam regularisation of the discriminator
+
+
+@dataclass
+class Loss:
+    """Weights and kinds of all terms."""
+
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    align: Align = field(default_factory=Align)
+    reg: Reg = field(default_factory=Reg)
+
+
+@dataclass
+class Ema:
+    """Moving average of the SiT, latent-norm statistics included."""
+
+    decay: float = 0.9999  # per optimizer step
+    warmup: bool = False  # true = min(decay, (1 + step) / (10 + step)): for short runs
+
+
+@dataclass
+class Preview:
+    """Pictures during training: samples of the EMA weights and reconstructions."""
+
+    every: int = 10_000  # steps; 0 = none
+    num: int = 64  # images; their noises and labels never change
+    solver: Literal["ode-euler", "ode-heun", "sde"] = "ode-heun"
+    steps: int = 25
+    cfg_scale: float = 2.0
+
+
+@dataclass
+class Config:
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    vae: Vae = field(default_factory=Vae)
+    sit: Sit = field(default_factory=Sit)
+    disc: Disc = field(default_factory=Disc)
+    latent_norm: LatentNorm = field(default_factory=LatentNorm)
+    encoder: Encoder = field(default_factory=Encoder)
+    loss: Loss = field(default_factory=Loss)
+    ema: Ema = field(default_factory=Ema)
+    preview: Preview = field(default_factory=Preview)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.out) / self.run.name
+
+    @property
+    def uses_encoder(self) -> bool:
+        return self.loss.align.sit > 0
+
+    @property
+    def uses_disc(self) -> bool:
+        return self.vae.train and self.loss.reg.gan > 0
+
+    def sit_shape(self) -> dict[str, int]:
+        """hidden_size, depth, num_heads, patch_size: those of `size`, each overridden if given."""
+        own = {name: getattr(self.sit, name) for name in SIZES[self.sit.size]}
+        return SIZES[self.sit.size] | {k: v for k, v in own.items() if v is not None}
+
+
+def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then each file (after the file its `base:` names, if any), then `key=value` pairs."""
+    for word in overrides:
+        if word.startswith("-") or "=" not in word:
+            raise UserError(f"'{word}' is no override: write key=value, e.g. run.steps=1000")
+    try:
+        merged = OmegaConf.structured(Config)
+        for path in files:
+            merged = OmegaConf.merge(merged, *_with_bases(Path(path)))
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error)) from None
+    check(config)
+    return config
+
+
+def _with_bases(path: Path) -> list:
+    """The file's settings after those of its bases, oldest first. `base:` is relative to the file."""
+    if not path.is_file():
+        raise UserError(f"no config at {path}: see configs/ for those that come with the repository")
+    try:
+        own = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    base = own.pop("base", None) if own else None
+    return [*(_with_bases(path.parent / base) if base else []), own]
+
+
+def _one_line(error: OmegaConfBaseException) -> str:
+    first = str(error).splitlines()[0]
+    return f"config: {first}" + (f" (at {error.full_key})" if error.full_key else "")
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write every field, also those at their defaults."""
+    Path(path).write_text(to_yaml(config))
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def check(c: Config) -> None:
+    """Raise `UserError` for the first combination that cannot train, whatever the data."""
+    for wrong, message in _faults(c):
+        if wrong:
+            raise UserError(message)
+
+
+def _faults(c: Config):
+    """(is it so?, what to say) for everything that the fields alone can tell."""
+    align, reg, enc = c.loss.align, c.loss.reg, c.encoder
+    yield c.sit.size not in SIZES, f"sit.size={c.sit.size}: choose one of {', '.join(SIZES)}"
+    positive = {"run.steps": c.run.steps, "run.batch_size": c.run.batch_size}
+    positive |= {"run.accumulation": c.run.accumulation, "run.log_every": c.run.log_every}
+    positive |= {"run.save_every": c.run.save_every, "run.keep_last": c.run.keep_last}
+    positive |= {"data.resolution": c.data.resolution}
+    for name, value in positive.items():
+        yield value < 1, f"{name}={value} must be at least 1"
+    shape = c.sit_shape()
+    yield (
+        shape["hidden_size"] % (4 * shape["num_heads"]) != 0,
+        f"sit.hidden_size={shape['hidden_size']} must be a multiple of "
+        f"4 x sit.num_heads={shape['num_heads']}: change one",
+    )
+    yield (
+        align.sit > 0 and not enc.names,
+        f"loss.align.sit={align.sit} needs an encoder: name one in encoder.names, or set "
+        "loss.align.sit=0 loss.align.vae=0",
+    )
+    yield (
+        align.sit == 0 and align.vae > 0 and c.vae.train,
+        f"loss.align.vae={align.vae} goes through a projector that loss.align.sit=0 never trains: "
+        "set loss.align.vae=0 too, or vae.train=false",
+    )
+    yield (
+        c.uses_encoder and not 1 <= align.depth <= shape["depth"],
+        f"loss.align.depth={align.depth} must lie in 1..{shape['depth']}, the blocks of the SiT",
+    )
+    yield (
+        len(enc.weights) not in (0, len(enc.names)),
+        f"encoder.weights has {len(enc.weights)} entries for {len(enc.names)} encoder.names: "
+        "give one (or null) for each, or []",
+    )
+    yield (
+        c.loss.diffusion.to_vae and not c.vae.train,
+        "loss.diffusion.to_vae=true needs a VAE that trains: set vae.train=true",
+    )
+    yield (
+        c.vae.weights is None and not c.vae.train,
+        "vae.weights=null with vae.train=false would train on the latents of random weights: "
+        "set vae.weights, or vae.train=true",
+    )
+    yield (
+        c.preview.every > 0 and c.preview.cfg_scale != 1 and c.sit.class_dropout_prob == 0,
+        f"preview.cfg_scale={c.preview.cfg_scale} needs a null label, and "
+        "sit.class_dropout_prob=0 builds none: set preview.cfg_scale=1",
+    )
+    yield reg.gan_start < 0, f"loss.reg.gan_start={reg.gan_start} must not be negative"
+    yield not 0 <= c.ema.decay < 1, f"ema.decay={c.ema.decay} must lie in [0, 1)"
+    yield (
+        not set(c.run.trackers) <= {"tensorboard", "wandb"},
+        f"run.trackers={c.run.trackers}: choose from tensorboard, wandb",
+    )
+
+
+def per_rank_batch(config: Config, ranks: int) -> int:
+    """Images of one rank in one optimizer step; `UserError` if the batch does not split."""
+    parts = ranks * config.run.accumulation
+    if config.run.batch_size % parts:
+        raise UserError(
+            f"run.batch_size={config.run.batch_size} does not split into {ranks} ranks x "
+            f"{config.run.accumulation} micro-batches: make it a multiple of {parts}"
+        )
+    return config.run.batch_size // ranks

@@ -1,0 +1,95 @@
+"""Metrics of a run: summed on the device, reduced over ranks and read once every so many steps.
+
+`metrics.jsonl` is always written; tensorboard or wandb get the same numbers through accelerate.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+
+class NonFiniteError(RuntimeError):
+    """A loss stopped being a number: the message names the term and the first such step."""
+
+
+class Tracker:
+    """`add` costs no host synchronisation; `flush` costs one."""
+
+    def __init__(self, accelerator: Accelerator, run_dir: Path, batch_size: int):
+        self.accelerator, self.path, self.batch_size = accelerator, run_dir / "metrics.jsonl", batch_size
+        self._clear()
+
+    def _clear(self) -> None:
+        self.names, self.sums, self.bad_step, self.count = None, None, None, 0
+        self.since = time.perf_counter()
+
+    @torch.no_grad()
+    def add(self, metrics: dict[str, torch.Tensor], step: int) -> None:
+        """Scalars of one step (0-based), the same names at every step between two flushes."""
+        if self.names is not None and list(metrics) != self.names:
+            self.flush(step)
+        values = torch.stack([m.detach().float().reshape(()) for m in metrics.values()])
+        if self.names is None:
+            self.names, self.sums = list(metrics), torch.zeros_like(values, dtype=torch.float64)
+            self.bad_step = torch.full_like(values, float("inf"), dtype=torch.float64)
+        self.sums += values
+        here = torch.where(values.isfinite(), float("inf"), float(step))
+        self.bad_step = torch.minimum(self.bad_step, here.double())
+        self.count += 1
+
+    def flush(self, step: int) -> dict[str, float]:
+        """Means over ranks and over the steps since the last flush, written under `step` steps done.
+
+        Raises `NonFiniteError` on every rank if a loss of any rank was not finite.
+        """
+        if not self.count:
+            return {}
+        means, bad = self._reduce()
+        wrong = {n: int(b) for n, b in zip(self.names, bad) if b < float("inf") and "loss/" in n}
+        if wrong:
+            term, first = min(wrong.items(), key=lambda item: item[1])
+            raise NonFiniteError(f"{term} is not finite at step {first}")
+        row = dict(zip(self.names, means))
+        seconds = time.perf_counter() - self.since
+        row["images_per_second"] = self.count * self.batch_size / seconds
+        self._write(step, row)
+        self._clear()
+        return row
+
+    def _reduce(self) -> tuple[list[float], list[float]]:
+        packed = torch.stack([self.sums / self.count, self.bad_step])
+        every = self.accelerator.gather(packed[None])  # (ranks, 2, terms)
+        return torch.stack([every[:, 0].mean(dim=0), every[:, 1].amin(dim=0)]).tolist()
+
+    def _write(self, step: int, row: dict[str, float]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step} | row) + "\n")
+        self.accelerator.log(row, step=step)
+
+    def rewind(self, step: int) -> None:
+        """Drop lines of steps after `step`: a resumed run will write them again."""
+        if not (self.accelerator.is_main_process and self.path.is_file()):
+            return
+        text = self.path.read_text()
+        kept = "".join(line + "\n" for line in text.splitlines() if _step_of(line) <= step)
+        if kept != text:  # a line may also lack nothing but its end
+            self.path.write_text(kept)
+
+
+def _step_of(line: str) -> float:
+    """Step of a metrics line; infinite for one that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """All whole lines of a metrics.jsonl."""
+    lines = Path(path).read_text().splitlines()
+    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
