@@ -5,14 +5,13 @@
 The same command again goes on from the newest checkpoint. Baselines are configs: `vae.train=false`
 is REPA, with `loss.align.sit=0` plain SiT; `loss.diffusion.to_vae=true` is naive end-to-end.
 
-x image in [-1, 1] (N, 3, H, W), z latent (N, C, h, w), t time (0 data, 1 noise), eps noise, v velocity,
-y label, feats frozen-encoder tokens (N, T, D_enc), h SiT tokens projected to the same shape.
+x image in [-1, 1] (N, 3, H, W), z latent (N, C, h, w), t time (0 data, 1 noise), eps noise,
+v velocity, y label, feats frozen-encoder tokens (N, T, D_enc), h SiT tokens, projected alike.
 """
 
 import argparse
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -24,13 +23,13 @@ from loss.interpolant import interpolate
 from models.errors import UserError
 from utils import cli, distributed, tracking
 from utils.build import Nets, build_nets, describe, save_nets
-from utils.checkpoint import Checkpoints, find_fault, read_state, write_atomically
+from utils.checkpoint import Checkpoints, find_start, read_state, write_atomically
 from utils.config import Config, load_config, per_rank_batch, to_yaml
 from utils.data import StepSampler, make_loader, open_source
 from utils.draws import Draws, draw
 from utils.ema import ema_decay, update_ema
 from utils.images import u8_to_pm1
-from utils.learner import only_training
+from utils.learner import Learner, only_training
 from utils.preview import Previewer
 
 # --------------------------------------------------------------------------------------
@@ -56,12 +55,12 @@ def train_step(
 
     Which loss may touch which network is the whole idea (tests/test_routing.py checks each cell):
 
-      term                           VAE   SiT+proj  disc    t, eps      latents entering the SiT
-      L_REG = pixel+LPIPS+KL+GAN     yes   -         frozen  -           -
-      align.vae * L_REPA             yes   frozen    -       drawn here  z, running stats, labels kept
-      hinge                          -     -         yes     -           x_hat.detach()
-      L_DIFF + align.sit * L_REPA    no    yes       -       the same    z.detach(), batch stats,
-                                                                         labels dropped
+      term                         VAE  SiT+proj  disc    t, eps      latents entering the SiT
+      L_REG = pixel+LPIPS+KL+GAN   yes  -         frozen  -           -
+      align.vae * L_REPA           yes  frozen    -       drawn here  z, running stats, all labels
+      hinge                        -    -         yes     -           x_hat.detach()
+      L_DIFF + align.sit * L_REPA  no   yes       -       the same    z.detach(), batch stats,
+                                                                      labels dropped
     """
     x = torch.where(draws.flip[:, None, None, None], x.flip(-1), x)
     k = config.run.accumulation
@@ -101,8 +100,7 @@ def vae_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict[
             terms |= terms_through_sit(nets, part, z, config)
             vae.backward(total.add(terms))
             part.z, part.x_hat = z.detach(), x_hat.detach()
-        norm = vae.step(step)
-    return total.metrics("vae") | {"grad_norm/vae": norm}
+    return total.metrics("vae") | update("vae", vae, step)
 
 
 def regularisation_terms(nets: Nets, x, x_hat, posterior, config: Config, step: int) -> dict:
@@ -153,9 +151,11 @@ def discriminator_phase(nets: Nets, parts: list[Part], config: Config, step: int
             if nets.lecam:
                 terms["lecam"] = (config.loss.reg.lecam, nets.lecam(real, fake))
             disc.backward(total.add(terms))
-        norm = disc.step(step)
-    logits = {"disc/logits_real": real.mean(), "disc/logits_fake": fake.mean()}
-    return total.metrics("disc") | logits | {"grad_norm/disc": norm}
+            total.note(logits_real=real.mean(), logits_fake=fake.mean())
+    if nets.lecam:
+        logits = torch.stack([total.means["logits_real"], total.means["logits_fake"]])
+        nets.lecam.update(*disc.accelerator.reduce(logits, "mean"))
+    return total.metrics("disc") | update("disc", disc, step)
 
 
 def sit_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict[str, torch.Tensor]:
@@ -176,13 +176,21 @@ def sit_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict[
             if nets.encoders:
                 terms["align"] = (config.loss.align.sit, alignment_loss(h, part.feats))
             sit.backward(total.add(terms))
-        norm = sit.step(step)
-    return total.metrics("sit") | {"grad_norm/sit": norm}
+    return total.metrics("sit") | update("sit", sit, step)
 
 
 def drop_labels(y: torch.Tensor, drop: torch.Tensor, null_label: int | None) -> torch.Tensor:
     """Labels (N,) with the null label where `drop`, for classifier-free guidance."""
     return y if null_label is None else torch.where(drop, null_label, y)
+
+
+def update(name: str, learner: Learner, step: int) -> dict[str, torch.Tensor]:
+    """Clip, step, and say how that went."""
+    norm = learner.step(step)
+    metrics = {f"grad_norm/{name}": norm}
+    if learner.scaler.is_enabled():
+        metrics[f"loss_scale/{name}"] = norm.new_tensor(learner.scaler.get_scale())
+    return metrics
 
 
 class Sums:
@@ -193,13 +201,20 @@ class Sums:
 
     def add(self, terms: dict[str, tuple[float, torch.Tensor]]) -> torch.Tensor:
         """{name: (weight, value)} of one micro-batch => its share of the loss to differentiate."""
-        for name, (_, value) in terms.items():
-            self.means[name] = self.means.get(name, 0.0) + value.detach() / self.parts
+        self.note(**{name: value for name, (_, value) in terms.items()})
         return sum(weight * value for weight, value in terms.values()) / self.parts
+
+    def note(self, **values: torch.Tensor) -> None:
+        """Average values that are not part of the loss."""
+        for name, value in values.items():
+            self.means[name] = self.means.get(name, 0.0) + value.detach() / self.parts
 
     def metrics(self, phase: str) -> dict[str, torch.Tensor]:
         """The unweighted means."""
-        return {f"loss/{phase}/{name}": mean for name, mean in self.means.items()}
+        return {
+            f"{'' if name.startswith('logits') else 'loss/'}{phase}/{name}": mean
+            for name, mean in self.means.items()
+        }
 
 
 # --------------------------------------------------------------------------------------
@@ -216,7 +231,9 @@ def main() -> int | None:
         train(config, accelerator)
     except tracking.NonFiniteError as error:
         last = Checkpoints(config.run_dir).latest(report=lambda _: None)
-        accelerator.print(f"stopped: {error}; last good checkpoint: {last or 'none'}", file=sys.stderr)
+        accelerator.print(
+            f"stopped: {error}; last good checkpoint: {last or 'none'}", file=sys.stderr
+        )
         return 1
     finally:
         accelerator.end_training()
@@ -225,7 +242,11 @@ def main() -> int | None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="YAML; several are merged in order"
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML; several are merged in order",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and exit")
     args, args.overrides = parser.parse_known_args()
@@ -262,8 +283,8 @@ def train(config: Config, accelerator: distributed.Accelerator) -> None:
     batch = per_rank_batch(config, ranks)
     source = open_training_data(config)
     checkpoints = Checkpoints(config.run_dir, run.keep_last, run.milestone_every)
-    checkpoint = find_start(config, checkpoints, accelerator)
-    first = read_step(checkpoint)
+    checkpoint = find_start(run.resume, checkpoints, accelerator)
+    first = read_state(checkpoint)["step"] if checkpoint else 0
     sampler = StepSampler(
         len(source),
         run.batch_size,
@@ -305,44 +326,17 @@ def train(config: Config, accelerator: distributed.Accelerator) -> None:
     bar.close()
 
 
-def find_start(config: Config, checkpoints: Checkpoints, accelerator) -> Path | None:
-    """The checkpoint to go on from, the same on every rank; None for a new run."""
-    answer = [None, None]  # checkpoint, fault
-    if accelerator.is_main_process:
-        answer = list(_choose_start(config, checkpoints, accelerator.print))
-    checkpoint, fault = distributed.from_main(answer)
-    if fault:
-        raise UserError(fault)
-    accelerator.print(f"going on from {checkpoint}" if checkpoint else "starting a new run")
-    return checkpoint
-
-
-def _choose_start(config: Config, checkpoints: Checkpoints, report) -> tuple[Path | None, str | None]:
-    """(checkpoint or None, what is wrong or None)"""
-    resume = config.run.resume
-    checkpoints.sweep()
-    if resume == "auto":
-        return checkpoints.latest(report), None
-    if resume == "never":
-        taken = checkpoints.latest(report)
-        fault = f"{config.run_dir} holds checkpoints and run.resume=never: choose another run.name"
-        return None, fault if taken else None
-    fault = find_fault(Path(resume))
-    return Path(resume), f"run.resume={resume} is not a whole checkpoint: {fault}" if fault else None
-
-
-def read_step(checkpoint: Path | None) -> int:
-    return read_state(checkpoint)["step"] if checkpoint else 0
-
-
 def start_logging(config: Config, accelerator, first: int) -> tracking.Tracker:
     """Record the config (an earlier, different one is kept beside it) and open the trackers."""
-    tracker = tracking.Tracker(accelerator, config.run_dir, config.run.batch_size)
+    guarded = ("loss/",) if config.run.precision == "fp16" else ("loss/", "grad_norm/")
+    tracker = tracking.Tracker(accelerator, config.run_dir, config.run.batch_size, guarded)
     if accelerator.is_main_process:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         path, text = config.run_dir / "config.yaml", to_yaml(config)
         if path.is_file() and path.read_text() != text:
-            accelerator.print(f"the config has changed: the old one is kept as config.{first:07d}.yaml")
+            accelerator.print(
+                f"the config has changed: the old one is kept as config.{first:07d}.yaml"
+            )
             path.rename(path.with_name(f"config.{first:07d}.yaml"))
         write_atomically(path, text)
     tracker.rewind(first)

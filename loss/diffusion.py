@@ -4,5 +4,5 @@ import torch
 
 
 def velocity_loss(v_hat: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Predicted and true velocity (N, C, h, w) => scalar, float32: mean over dimensions, then images."""
+    """Predicted and true velocity (N, C, h, w) => their mean squared error, float32."""
     return (v_hat.float() - v.float()).square().flatten(1).mean(dim=1).mean()

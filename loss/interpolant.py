@@ -1,7 +1,7 @@
 """The path between data (t = 0) and noise (t = 1): x_t = alpha(t) z + sigma(t) eps.
 
 Stochastic interpolants (SiT, arXiv 2401.08740, Sec. 2). One place for the coefficients: training
-and sampling both read them here. All functions take t (N,) or a scalar tensor.
+and sampling both read them here.
 """
 
 import math
@@ -13,7 +13,7 @@ PATHS = ("linear", "cosine")
 
 
 class Coefficients(NamedTuple):
-    """alpha, sigma and their derivatives by t, each of t's shape."""
+    """alpha, sigma and their derivatives by t, each of t's shape: (N,) or scalar."""
 
     alpha: torch.Tensor
     sigma: torch.Tensor
@@ -42,7 +42,7 @@ def interpolate(
 def score_from_velocity(
     v: torch.Tensor, x: torch.Tensor, t: torch.Tensor, path: str = "linear"
 ) -> torch.Tensor:
-    """Score of the marginal at scalar time t in (0, 1] from the velocity at x, both (N, C, h, w)."""
+    """Score of the marginal at scalar time t in (0, 1] from the velocity at x (N, C, h, w)."""
     alpha, sigma, d_alpha, d_sigma = coefficients(t, path)
     ratio = alpha / d_alpha
     return (ratio * v - x) / (sigma**2 - ratio * d_sigma * sigma)

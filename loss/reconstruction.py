@@ -4,6 +4,7 @@ Images are (N, 3, H, W) in [-1, 1]. Hinge GAN as in taming transformers (arXiv 2
 arXiv 1801.03924 from its own package, LeCam regularisation of arXiv 2104.03310.
 """
 
+import warnings
 from pathlib import Path
 
 import lpips
@@ -18,13 +19,13 @@ VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 def pixel_loss(x_hat: torch.Tensor, x: torch.Tensor, kind: str = "l1") -> torch.Tensor:
-    """Mean over pixels: "l1" is what the published models were trained with, "mse" the paper's text."""
+    """Mean over pixels: "l1" is what the published models saw, "mse" the paper's text."""
     assert kind in ("l1", "mse"), kind
     return (F.l1_loss if kind == "l1" else F.mse_loss)(x_hat.float(), x.float())
 
 
 def kl_loss(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, exp logvar) || N(0, I)) of (N, C, h, w) moments: summed over the latent, mean over N."""
+    """KL(N(mean, exp logvar) || N(0, I)) of (N, C, h, w) moments: sum over each latent, mean."""
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(dim=1).mean()
 
@@ -41,8 +42,8 @@ def hinge_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Te
 
 
 class LeCam(nn.Module):
-    """LeCam regularisation (arXiv 2104.03310, Eq. 5, one-sided as in its authors' code): keep logits
-    near moving averages of the other side's. Its two averages are buffers: they are checkpointed."""
+    """LeCam regularisation (arXiv 2104.03310, Eq. 5, one-sided as in its authors' code): keep the
+    logits near moving averages of the other side's. The two averages are buffers: checkpointed."""
 
     def __init__(self, decay: float = 0.999):
         super().__init__()
@@ -51,25 +52,28 @@ class LeCam(nn.Module):
         self.register_buffer("fake", torch.zeros(()))
 
     def forward(self, logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
-        """Logits of any shape => scalar; the averages move afterwards."""
-        real, fake = logits_real.float(), logits_fake.float()
-        # clones: backward still needs the averages that are moved in place below
-        above = F.relu(real - self.fake.clone()).square().mean()
-        below = F.relu(self.real.clone() - fake).square().mean()
-        self.real.lerp_(real.detach().mean(), 1 - self.decay)
-        self.fake.lerp_(fake.detach().mean(), 1 - self.decay)
+        """Logits of any shape => scalar."""
+        above = F.relu(logits_real.float() - self.fake).square().mean()
+        below = F.relu(self.real - logits_fake.float()).square().mean()
         return above + below
+
+    def update(self, mean_real: torch.Tensor, mean_fake: torch.Tensor) -> None:
+        """Move the averages, once a step, by the mean logits of the whole batch."""
+        self.real.lerp_(mean_real, 1 - self.decay)
+        self.fake.lerp_(mean_fake, 1 - self.decay)
 
 
 def load_lpips(weights: str | None = None, download: bool = True) -> lpips.LPIPS:
     """LPIPS with VGG-16, frozen: `net(x, y)` takes (N, 3, H, W) in [-1, 1] and gives (N, 1, 1, 1).
 
     `weights`: a torchvision vgg16 state dict; None = torch's hub cache, downloaded if absent. The
-    linear heads (version 0.1) come with the package. Raises `UserError` if the file is not to be had.
+    linear heads (version 0.1) come with the package. Raises `UserError` if there is none.
     """
     path = _vgg_file(weights, download)
     state = {k: v for k, v in read_state(path).items() if k.startswith("features.")}
-    net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    with warnings.catch_warnings():  # it calls torchvision by arguments that are deprecated
+        warnings.simplefilter("ignore", UserWarning)
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     vgg = {f"features.{name.split('.', 1)[1]}": p.data for name, p in net.net.named_parameters()}
     require_match(vgg, state, path, "torchvision's VGG-16")
     for name, value in vgg.items():
@@ -88,13 +92,15 @@ def _vgg_file(weights: str | None, download: bool) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(VGG_URL, str(path), hash_prefix="397923af")
     except (OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
-        raise UserError(f"LPIPS needs VGG-16 weights, not found at {path} ({error}): {remedy}") from None
+        raise UserError(
+            f"LPIPS needs VGG-16 weights, not found at {path} ({error}): {remedy}"
+        ) from None
     return path
 
 
 def perceptual_loss(
     net: lpips.LPIPS, x_hat: torch.Tensor, x: torch.Tensor, double_scaling: bool = False
 ) -> torch.Tensor:
-    """Mean LPIPS over images. `double_scaling` maps the images from [-1, 1] to [-3, 1] first, as the
+    """Mean LPIPS over images. `double_scaling` maps the images from [-1, 1] to [-3, 1], as the
     published runs did by mistake; only for reproducing them."""
     return net(x_hat.float(), x.float(), normalize=double_scaling).mean()

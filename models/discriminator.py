@@ -1,4 +1,4 @@
-"""PatchGAN discriminator (pix2pix, arXiv 1611.07004), as the latent-diffusion VAEs were trained with."""
+"""PatchGAN discriminator (pix2pix, arXiv 1611.07004), as in latent-diffusion VAE training."""
 
 import torch
 import torch.nn as nn
@@ -15,7 +15,9 @@ class PatchGAN(nn.Module):
     equals the big batch exactly. Keys `main.N.*` are those of the published discriminators.
     """
 
-    def __init__(self, layers: int = 3, channels: int = 64, norm: str = "batch", in_channels: int = 3):
+    def __init__(
+        self, layers: int = 3, channels: int = 64, norm: str = "batch", in_channels: int = 3
+    ):
         super().__init__()
         assert norm in ("batch", "group"), norm
         self.layers = layers

@@ -17,7 +17,7 @@ class JointBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) => (N, C, H, W), by batch moments in train mode, else by the running ones."""
+        """(N, C, H, W) => (N, C, H, W), by batch moments in train mode, else by running ones."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
         mean, var, count = joint_moments(x)
@@ -35,10 +35,10 @@ class JointBatchNorm2d(nn.BatchNorm2d):
 
 
 def joint_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(N, C, H, W) on every rank => mean (C,), biased variance (C,), values per channel over all ranks.
+    """(N, C, H, W) on every rank => mean (C,), biased variance (C,), number of values of a channel.
 
-    Two reductions instead of one of (sum, sum of squares): that form cancels when the variance is
-    small beside the mean. Every rank holds the same number of images.
+    Over all ranks together, which hold equally many images. Two reductions instead of one of
+    (sum, sum of squares): that form cancels where the variance is small beside the mean.
     """
     ranks = dist.get_world_size()
     mean = all_reduce(x.mean(dim=(0, 2, 3))) / ranks
@@ -53,7 +53,9 @@ class LatentNorm(JointBatchNorm2d):
     `fixed=True` the running statistics are constants (frozen VAE, or the ablation without it).
     """
 
-    def __init__(self, channels: int, fixed: bool = False, eps: float = 1e-4, momentum: float = 0.1):
+    def __init__(
+        self, channels: int, fixed: bool = False, eps: float = 1e-4, momentum: float = 0.1
+    ):
         super().__init__(channels, eps=eps, momentum=momentum, affine=False)
         self.fixed = fixed
         self.train(self.training)
@@ -73,5 +75,5 @@ class LatentNorm(JointBatchNorm2d):
         self.running_var.copy_(std.square())
 
     def stats(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Per-channel (mean, std), (C,): (z - mean) / std is what `forward` computes in eval mode."""
+        """Per-channel (mean, std), (C,): (z - mean) / std is what `forward` does in eval mode."""
         return self.running_mean, (self.running_var + self.eps).sqrt()

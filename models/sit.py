@@ -1,4 +1,4 @@
-"""SiT: the scalable interpolant transformer (arXiv 2401.08740), with REPA's projectors and latent norm.
+"""SiT: the scalable interpolant transformer (arXiv 2401.08740), with projectors and latent norm.
 
 DiT blocks (arXiv 2212.09748) with adaLN-zero. The network knows nothing of noise, paths or losses,
 and draws nothing at random: dropped labels arrive as the null label. State-dict keys are those of
@@ -19,10 +19,15 @@ from diffusers.configuration_utils import register_to_config
 from models.latent_norm import LatentNorm
 from models.projector import build_projector
 
-_SHAPES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+_SHAPES = {
+    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+}
 SIZES = {
-    f"SiT-{name}/{patch}": dict(hidden_size=d, depth=depth, num_heads=heads, patch_size=patch)
-    for name, (d, depth, heads) in _SHAPES.items()
+    f"SiT-{name}/{patch}": {**shape, "patch_size": patch}
+    for name, shape in _SHAPES.items()
     for patch in (1, 2, 4, 8)
 }
 
@@ -105,7 +110,7 @@ def modulate(h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 
 
 class Block(nn.Module):
-    """adaLN-zero block: attention and MLP, each scaled, shifted and gated by the condition c (N, D)."""
+    """adaLN-zero block: attention and MLP, each scaled, shifted and gated by c (N, D)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__()
@@ -116,7 +121,9 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(
+            6, dim=1
+        )
         h = h + gate_a[:, None] * self.attn(modulate(self.norm1(h), shift_a, scale_a))
         return h + gate_m[:, None] * self.mlp(modulate(self.norm2(h), shift_m, scale_m))
 
@@ -187,7 +194,7 @@ class SiT(ModelMixin, ConfigMixin):
 
     @property
     def null_label(self) -> int | None:
-        """The label that stands for "no class" in classifier-free guidance; None if there is none."""
+        """The label that means "no class" in classifier-free guidance; None if there is none."""
         return self.config.num_classes if self.config.class_dropout_prob > 0 else None
 
     def forward(

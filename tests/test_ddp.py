@@ -26,7 +26,13 @@ def steps(out, ranks: int, *overrides: str) -> list[dict]:
     return [torch.load(out / f"rank{r}.pt", weights_only=True) for r in range(ranks)]
 
 
-@pytest.mark.parametrize("variant", ["joint", *(pytest.param(v, marks=pytest.mark.slow) for v in ("accumulation", "naive"))])  # fmt: skip
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["joint", pytest.param("accumulation", marks=SLOW), pytest.param("naive", marks=SLOW)],
+)
 def test_two_ranks_equal_one_process_on_the_joint_batch(tmp_path, variant):
     """After 3 steps: gradients of all three networks, weights, latent-norm statistics, EMA."""
     extra = (*VARIANTS[variant], "vae.optim.eps=1e-4", "sit.optim.eps=1e-4", "disc.optim.eps=1e-4")

@@ -103,7 +103,8 @@ def collect(nets: SiT, monkeypatch) -> list[dict]:
     forward = nets.sit.forward
 
     def spy(x_t, t, y, stop_at_align=False):
-        calls.append(dict(x_t=x_t, t=t, y=y, stop=stop_at_align, training=nets.sit.training))
+        seen = {"x_t": x_t, "t": t, "y": y, "stop": stop_at_align}
+        calls.append(seen | {"training": nets.sit.training})
         return forward(x_t, t, y, stop_at_align)
 
     monkeypatch.setattr(nets.sit, "forward", spy)

@@ -31,7 +31,7 @@ def cosine_double_loop(h, f):
 
 def reference_step(nets, x, y, d: Draws, path: str = "linear", lr: float = 1e-3):
     """The step of the paper and its published recipe on plain copies of the networks: no phases,
-    no learners, losses and normalisations as formulas. Returns terms, gradients, statistics, EMA."""
+    no learners, everything as formulas. Returns terms, gradients, statistics and EMA."""
     vae, sit, disc = (copy.deepcopy(n) for n in (nets.vae, nets.sit, nets.disc))
     ema = {k: v.clone() for k, v in nets.ema.state_dict().items()}
     for net in (vae, sit, disc):

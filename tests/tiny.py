@@ -17,13 +17,12 @@ from utils.images import u8_to_pm1
 
 ROOT = Path(__file__).resolve().parents[1]
 
-TINY = (
+TINY = (  # noqa: SIM905
     "run.name=tiny run.steps=4 run.batch_size=8 run.precision=fp32 run.trackers=[] run.log_every=2 "
-    "run.save_every=2 data.source=digits data.resolution=16 data.workers=0 "
-    "vae.name=tiny-f2d4 vae.weights=null vae.optim.lr=1e-3 "
-    "sit.size=SiT-S/1 sit.depth=3 sit.hidden_size=32 sit.num_heads=2 sit.patch_size=2 "
-    "sit.projector_dim=16 sit.optim.lr=1e-3 disc.layers=2 disc.channels=8 "
-    "encoder.names=[timm:test_resnet/16] encoder.weights=[random] encoder.grid=4 "
+    "run.save_every=2 data.source=digits data.resolution=16 data.workers=0 vae.name=tiny-f2d4 "
+    "vae.weights=null vae.optim.lr=1e-3 sit.size=SiT-S/1 sit.depth=3 sit.hidden_size=32 "
+    "sit.num_heads=2 sit.patch_size=2 sit.projector_dim=16 sit.optim.lr=1e-3 disc.layers=2 "
+    "disc.channels=8 encoder.names=[timm:test_resnet/16] encoder.weights=[random] encoder.grid=4 "
     "loss.align.depth=2 loss.reg.lpips=0 latent_norm.stats_images=64 preview.every=0"
 ).split()
 
@@ -71,12 +70,13 @@ def launcher(ranks: int) -> list[str]:
     1.15 leaves CPU ranks to MPI); --multi_gpu starts them by torchrun, and no GPU is visible."""
     if ranks == 1:
         return []
-    words = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --main_process_port 0"
-    return [*words.split(), "--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(ranks)]  # fmt: skip
+    words = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --main_process_port 0 "
+    words += f"--mixed_precision no --dynamo_backend no --num_processes {ranks}"
+    return words.split()
 
 
 def run_script(*command: str, ranks: int = 1, **kwargs) -> subprocess.CompletedProcess:
-    """Run a root script as a user does: `python SCRIPT ...`, or `accelerate launch` of gloo ranks."""
+    """Run a root script as a user does: by python, or by `accelerate launch` on gloo ranks."""
     words = [sys.executable, *launcher(ranks), *map(str, command)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(

@@ -1,10 +1,9 @@
-"""From a configuration to networks: built, loaded, wrapped; and what can be said of a run beforehand."""
+"""From a configuration to networks: built, loaded, wrapped; and what a run will be."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-
 
 import torch
 import torch.nn as nn
@@ -18,6 +17,7 @@ from models.encoders import Encoder, encoder_shape, load_encoder
 from models.errors import UserError
 from models.sit import SiT
 from models.vae import VAE, build_vae, load_vae
+from models.vae_keys import read_state
 from utils.config import Config, per_rank_batch
 from utils.data import Source, step_indices
 from utils.draws import generator
@@ -68,7 +68,9 @@ def build_nets(
     _set_up(nets, c, accelerator)
     nets.ema = make_ema(sit)
     if checkpoint is not None:
-        _load_strictly(nets.ema, SiT.from_pretrained(checkpoint / "sit_ema").state_dict(), "sit_ema")
+        _load_strictly(
+            nets.ema, SiT.from_pretrained(checkpoint / "sit_ema").state_dict(), "sit_ema"
+        )
         load_optimizers(nets, checkpoint)
     return nets
 
@@ -129,9 +131,7 @@ def build_disc(c: Config) -> PatchGAN:
         path = Path(c.disc.weights)
         if not path.is_file():
             raise UserError(f"disc.weights={path}: no such file")
-        safe = path.suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        _load_strictly(disc, state, str(path))
+        _load_strictly(disc, read_state(path), str(path))
     return disc
 
 
@@ -167,7 +167,7 @@ def build_sit(c: Config, vae: VAE, num_classes: int, encoder_dims: tuple[int, ..
 
 @torch.no_grad()
 def measure_latents(vae: VAE, source: Source, c: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-channel mean and std (C,) of posterior samples over the first images of the data order."""
+    """Per-channel mean and std (C,) of posterior samples of the first images of the data order."""
     num, chunk = min(c.latent_norm.stats_images, len(source)), 32
     order = step_indices(len(source), num, c.run.seed, step=0).tolist()
     device = next(vae.parameters()).device
@@ -203,7 +203,9 @@ def load_weights(nets: Nets, folder: Path) -> None:
     if nets.disc:
         path = folder / "discriminator.safetensors"
         if not path.is_file():
-            raise UserError(f"{folder} has no discriminator: set loss.reg.gan=0, or start a new run")
+            raise UserError(
+                f"{folder} has no discriminator: set loss.reg.gan=0, or start a new run"
+            )
         _load_strictly(nets.disc, load_file(path), "discriminator")
 
 
@@ -240,7 +242,7 @@ def _fork_seed(seed: int) -> Iterator[None]:
 
 
 def describe(c: Config, source: Source | None, ranks: int) -> dict[str, str]:
-    """What a run will be, before anything is loaded: shapes, tokens, parameters, steps per epoch."""
+    """What a run will be, before anything is loaded: tokens, parameters, steps per epoch."""
     with torch.device("meta"):
         vae = build_vae(c.vae.name)
         shapes = [encoder_shape(n, c.data.resolution, encoder_grid(c)) for n in c.encoder.names]
@@ -250,7 +252,9 @@ def describe(c: Config, source: Source | None, ranks: int) -> dict[str, str]:
         disc = build_disc(c) if c.uses_disc else None
     rank_batch = per_rank_batch(c, ranks)
     latent = "x".join(map(str, vae.latent_shape(c.data.resolution)))
-    epoch = f"{len(source) // c.run.batch_size:,}" if source else f"unknown: no data at {c.data.path}"
+    epoch = (
+        f"{len(source) // c.run.batch_size:,}" if source else f"unknown: no data at {c.data.path}"
+    )
     backbone = count(sit) - count(sit.projectors)
     return {
         "global batch": f"{c.run.batch_size} = {rank_batch // c.run.accumulation} per rank x "

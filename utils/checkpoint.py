@@ -14,6 +14,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
 from models.errors import UserError
 
 STATE = "state.json"
@@ -28,7 +31,7 @@ class Checkpoints:
         self.keep_last, self.milestone_every = keep_last, milestone_every
 
     def save(self, step: int, write: Callable[[Path], None], state: dict) -> Path:
-        """Call `write(folder)` to fill a new checkpoint, then seal it with `state` and file hashes."""
+        """Call `write(folder)` to fill a new checkpoint, then seal it with `state` and hashes."""
         final = self.folder / f"{step:07d}"
         draft = self.folder / f"{_UNFINISHED[0]}{final.name}"
         shutil.rmtree(draft, ignore_errors=True)
@@ -75,6 +78,35 @@ class Checkpoints:
         shutil.rmtree(folder.rename(trash))
 
 
+def find_start(resume: str, checkpoints: Checkpoints, accelerator: Accelerator) -> Path | None:
+    """What `run.resume` means: the checkpoint to go on from, the same on every rank, or None."""
+    answer = [None, None]
+    if accelerator.is_main_process:
+        checkpoints.sweep()
+        answer = list(_choose_start(resume, checkpoints, accelerator.print))
+    checkpoint, fault = broadcast_object_list(answer)
+    if fault:
+        raise UserError(fault)
+    accelerator.print(f"going on from {checkpoint}" if checkpoint else "starting a new run")
+    return checkpoint
+
+
+def _choose_start(
+    resume: str, checkpoints: Checkpoints, report: Callable[[str], None]
+) -> tuple[Path | None, str | None]:
+    """(checkpoint or None, what is wrong or None)"""
+    if resume == "auto":
+        return checkpoints.latest(report), None
+    if resume == "never":
+        run = checkpoints.folder.parent
+        fault = f"{run} holds checkpoints and run.resume=never: choose another run.name"
+        return None, fault if checkpoints.latest(report) else None
+    fault = find_fault(Path(resume))
+    return Path(
+        resume
+    ), f"run.resume={resume} is not a whole checkpoint: {fault}" if fault else None
+
+
 def find_fault(folder: Path) -> str | None:
     """What keeps `folder` from being a whole checkpoint; None if it is one. Reads every byte."""
     try:
@@ -112,9 +144,18 @@ def versions() -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """Commit of this source tree ("-dirty" if files differ from it); None outside a git checkout."""
+    """Commit of this source tree ("-dirty" if files differ from it); None outside git."""
     here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(here),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine

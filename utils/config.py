@@ -1,4 +1,4 @@
-"""The configuration of a run: nested dataclasses, a YAML file of differences, `key=value` overrides.
+"""The configuration of a run: nested dataclasses, YAML files of differences, `key=value`.
 
 Every field says its unit and meaning. An unknown key, a wrong type or a combination that cannot
 train ends in one line (`UserError`).
@@ -21,7 +21,9 @@ from models.sit import SIZES
 class Optim:
     """AdamW of one network."""
 
-    lr: float = 1e-4  # constant after the warm-up; 2e-5 for the VAE when it starts from FLUX, SD3.5 or Qwen
+    lr: float = (
+        1e-4  # constant after the warm-up; 2e-5 for the VAE when it starts from FLUX, SD3.5 or Qwen
+    )
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -40,17 +42,27 @@ class Run:
     steps: int = 400_000  # optimizer steps; 400K x 256 = 80 epochs of ImageNet
     batch_size: int = 256  # images per optimizer step, over all ranks and micro-batches
     accumulation: int = 1  # micro-batches per optimizer step
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # autocast around forwards; weights are fp32
+    precision: Literal["bf16", "fp16", "fp32"] = (
+        "bf16"  # autocast around forwards; weights are fp32
+    )
     tf32: bool = True  # TF32 in what is left in float32, on GPUs that have it
     compile: bool = False  # torch.compile the SiT, the VAE and the discriminator
-    gradient_checkpointing: bool = False  # recompute activations of SiT and VAE: less memory, slower
+    gradient_checkpointing: bool = (
+        False  # recompute activations of SiT and VAE: less memory, slower
+    )
     channels_last: bool = False  # NHWC convolutions in VAE, discriminator and LPIPS
-    resume: str = "auto"  # auto = newest whole checkpoint of this run; never; or a checkpoint folder
+    resume: str = (
+        "auto"  # auto = newest whole checkpoint of this run; never; or a checkpoint folder
+    )
     log_every: int = 100  # steps between log lines (means over the steps in between)
     save_every: int = 10_000  # steps between checkpoints
     keep_last: int = 3  # newest checkpoints kept
-    milestone_every: int = 100_000  # steps; checkpoints at its multiples are kept for ever; 0 = none
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # tensorboard, wandb; [] = none
+    milestone_every: int = (
+        100_000  # steps; checkpoints at its multiples are kept for ever; 0 = none
+    )
+    trackers: list[str] = field(
+        default_factory=lambda: ["tensorboard"]
+    )  # tensorboard, wandb; [] = none
 
 
 @dataclass
@@ -115,7 +127,9 @@ class LatentNorm:
 class Encoder:
     """Frozen encoders to align with."""
 
-    names: list[str] = field(default_factory=lambda: ["dinov2-b"])  # models/encoders.py, or timm:NAME
+    names: list[str] = field(
+        default_factory=lambda: ["dinov2-b"]
+    )  # models/encoders.py, or timm:NAME
     weights: list[str | None] = field(default_factory=list)  # a file for each name; [] = published
     grid: int | None = None  # tokens per side; null = resolution / 16
 
@@ -214,7 +228,7 @@ class Config:
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then each file (after the file its `base:` names, if any), then `key=value` pairs."""
+    """Defaults, then each file (after the file its `base:` names), then `key=value` pairs."""
     for word in overrides:
         if word.startswith("-") or "=" not in word:
             raise UserError(f"'{word}' is no override: write key=value, e.g. run.steps=1000")
@@ -231,9 +245,11 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
 
 
 def _with_bases(path: Path) -> list:
-    """The file's settings after those of its bases, oldest first. `base:` is relative to the file."""
+    """The file's settings after those of its bases. `base:` is relative to the file."""
     if not path.is_file():
-        raise UserError(f"no config at {path}: see configs/ for those that come with the repository")
+        raise UserError(
+            f"no config at {path}: see configs/ for those that come with the repository"
+        )
     try:
         own = OmegaConf.load(path)
     except yaml.YAMLError as error:
@@ -311,6 +327,11 @@ def _faults(c: Config):
         c.preview.every > 0 and c.preview.cfg_scale != 1 and c.sit.class_dropout_prob == 0,
         f"preview.cfg_scale={c.preview.cfg_scale} needs a null label, and "
         "sit.class_dropout_prob=0 builds none: set preview.cfg_scale=1",
+    )
+    yield (
+        c.disc.norm == "group" and c.disc.channels % 8 != 0,
+        f"disc.norm=group makes groups of 8 channels, and disc.channels={c.disc.channels} is no "
+        "multiple of 8: change one",
     )
     yield reg.gan_start < 0, f"loss.reg.gan_start={reg.gan_start} must not be negative"
     yield not 0 <= c.ema.decay < 1, f"ema.decay={c.ema.decay} must lie in [0, 1)"

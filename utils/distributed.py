@@ -14,7 +14,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     ProjectConfiguration,
-    broadcast_object_list,
     parse_flag_from_env,
 )
 
@@ -53,11 +52,6 @@ def start(run_dir: Path, trackers: list[str], tf32: bool) -> Accelerator:
 def launched_ranks() -> int:
     """Number of processes this one was launched with, without joining them (for --dry-run)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def from_main(values: list) -> list:
-    """The main process's `values`, on every rank."""
-    return broadcast_object_list(values)
 
 
 class StopSignal:

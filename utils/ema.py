@@ -12,7 +12,7 @@ def make_ema(net: nn.Module) -> nn.Module:
 
 
 def ema_decay(step: int, decay: float, warmup: bool) -> float:
-    """Decay of optimizer step `step` (0-based); with warm-up a short run forgets its random start."""
+    """Decay of step `step` (0-based); with warm-up a short run forgets its random start."""
     return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 

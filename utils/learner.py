@@ -79,5 +79,7 @@ def only_training(learner: Learner) -> Iterator[None]:
     """Thaw one network, with fresh gradients; they stay readable until its next phase."""
     learner.opt.zero_grad(set_to_none=True)
     learner.freeze(False)
-    yield
-    learner.freeze()
+    try:
+        yield
+    finally:
+        learner.freeze()

@@ -56,7 +56,7 @@ class Previewer:
 
     @torch.no_grad()
     def reconstruct(self, nets: Nets) -> torch.Tensor:
-        """(4 * COLUMNS, 3, H, W) uint8: a row of images, a row of their reconstructions, and again."""
+        """(4 * COLUMNS, 3, H, W) uint8: a row of images, one of their reconstructions; twice."""
         total = len(self.source)
         rows = []
         for start in (0, COLUMNS):

@@ -4,11 +4,14 @@
 """
 
 import json
+import math
 import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+
+from utils.checkpoint import write_atomically
 
 
 class NonFiniteError(RuntimeError):
@@ -16,10 +19,21 @@ class NonFiniteError(RuntimeError):
 
 
 class Tracker:
-    """`add` costs no host synchronisation; `flush` costs one."""
+    """`add` costs no host synchronisation; `flush` costs one.
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, batch_size: int):
-        self.accelerator, self.path, self.batch_size = accelerator, run_dir / "metrics.jsonl", batch_size
+    A value that is not finite, of a metric whose name starts with one of `guarded`, stops the run:
+    losses always; gradient norms too, unless a loss scale (fp16) is there to skip such steps.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        run_dir: Path,
+        batch_size: int,
+        guarded: tuple[str, ...] = ("loss/", "grad_norm/"),
+    ):
+        self.accelerator, self.path = accelerator, run_dir / "metrics.jsonl"
+        self.batch_size, self.guarded = batch_size, guarded
         self._clear()
 
     def _clear(self) -> None:
@@ -41,17 +55,14 @@ class Tracker:
         self.count += 1
 
     def flush(self, step: int) -> dict[str, float]:
-        """Means over ranks and over the steps since the last flush, written under `step` steps done.
+        """Means over ranks and over the steps since the last flush; `step` steps are done.
 
-        Raises `NonFiniteError` on every rank if a loss of any rank was not finite.
+        Raises `NonFiniteError` on every rank if a guarded metric of any rank was not finite.
         """
         if not self.count:
             return {}
         means, bad = self._reduce()
-        wrong = {n: int(b) for n, b in zip(self.names, bad) if b < float("inf") and "loss/" in n}
-        if wrong:
-            term, first = min(wrong.items(), key=lambda item: item[1])
-            raise NonFiniteError(f"{term} is not finite at step {first}")
+        self._check(bad)
         row = dict(zip(self.names, means))
         seconds = time.perf_counter() - self.since
         row["images_per_second"] = self.count * self.batch_size / seconds
@@ -64,11 +75,19 @@ class Tracker:
         every = self.accelerator.gather(packed[None])  # (ranks, 2, terms)
         return torch.stack([every[:, 0].mean(dim=0), every[:, 1].amin(dim=0)]).tolist()
 
+    def _check(self, bad: list[float]) -> None:
+        watched = [(b, n) for b, n in zip(bad, self.names) if n.startswith(self.guarded)]
+        first, term = min(watched, key=lambda pair: pair[0], default=(math.inf, None))
+        if first < math.inf:
+            raise NonFiniteError(f"{term} is not finite at step {int(first)}")
+
     def _write(self, step: int, row: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
             return
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step} | row) + "\n")
+            # JSON has no infinity: the gradient norm of a step that fp16 skipped becomes null
+            clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            file.write(json.dumps({"step": step} | clean) + "\n")
         self.accelerator.log(row, step=step)
 
     def rewind(self, step: int) -> None:
@@ -78,7 +97,7 @@ class Tracker:
         text = self.path.read_text()
         kept = "".join(line + "\n" for line in text.splitlines() if _step_of(line) <= step)
         if kept != text:  # a line may also lack nothing but its end
-            self.path.write_text(kept)
+            write_atomically(self.path, kept)
 
 
 def _step_of(line: str) -> float:

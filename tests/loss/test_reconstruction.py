@@ -108,19 +108,21 @@ def test_lecam_formula_and_moving_averages_over_three_batches():
         expected = sum(max(v - a_fake, 0) ** 2 for v in r) / len(r)
         expected += sum(max(a_real - v, 0) ** 2 for v in f) / len(f)
         assert lecam(real, fake).item() == pytest.approx(expected, rel=1e-5)
+        lecam.update(real.mean(), fake.mean())
         a_real = 0.9 * a_real + 0.1 * sum(r) / len(r)
         a_fake = 0.9 * a_fake + 0.1 * sum(f) / len(f)
         assert lecam.real.item() == pytest.approx(a_real, rel=1e-5)
         assert lecam.fake.item() == pytest.approx(a_fake, rel=1e-5)
 
 
-def test_lecam_gradients_use_the_averages_of_before():
+def test_lecam_gradients_reach_the_logits_alone():
     lecam = rec.LeCam(decay=0.5)
     lecam.real.fill_(1.0)
     lecam.fake.fill_(-1.0)
     real = torch.tensor([0.0, -2.0], requires_grad=True)
     fake = torch.tensor([0.5, 3.0], requires_grad=True)
     lecam(real, fake).backward()
+    lecam.update(real.detach().mean(), fake.detach().mean())
     assert real.grad.tolist() == [1.0, 0.0]  # 2 (0 + 1) / 2
     assert fake.grad.tolist() == [-0.5, 0.0]  # -2 (1 - 0.5) / 2
     assert lecam.real.item() == 0.0 and not lecam.real.requires_grad
@@ -129,7 +131,7 @@ def test_lecam_gradients_use_the_averages_of_before():
 def test_lecam_averages_travel_with_the_state_dict():
     """A resumed run goes on with the averages it had."""
     one, other = rec.LeCam(), rec.LeCam()
-    one(torch.randn(8), torch.randn(8))
+    one.update(torch.randn(8).mean(), torch.randn(8).mean())
     assert set(one.state_dict()) == {"real", "fake"} and not list(one.parameters())
     other.load_state_dict(copy.deepcopy(one.state_dict()))
     real, fake = torch.randn(8), torch.randn(8)

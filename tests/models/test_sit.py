@@ -168,6 +168,26 @@ def test_random_published_state_dict_gives_the_same_velocity_and_features(
         assert (f - f_ref).abs().max() < 1e-5 * max(1, f_ref.abs().max())
 
 
+@pytest.mark.parametrize("small", ["tokens", "queries and keys"])
+def test_norm_eps_shows_at_a_thousandth(small):
+    """LayerNorm's 1e-6 and QK-norm's 1e-5 are invisible at unit variance, not here."""
+    net = tiny(qk_norm=True)
+    state = random_state(net)
+    for key, value in state.items():
+        if small == "tokens" and (key.startswith("x_embedder") or key == "pos_embed"):
+            value *= 1e-3
+        elif small == "tokens" and "blocks" in key and "adaLN" in key:
+            value.view(6, -1)[[2, 5]] *= 1e-3  # the gates: tokens stay small
+        elif small != "tokens" and ".qkv." in key:
+            value.view(3, -1)[:2] *= 1e-3
+    net.load_state_dict(state, strict=True)
+    x, t, y = inputs()
+    kwargs = {"heads": 4, "depth": 4, "align_depth": 4, "encoders": 1, "projector": "mlp"}
+    v, _, hidden = reference(state, x, t, y, patch=2, qk_norm=True, **kwargs)
+    assert (hidden[-1].std() < 1e-2) == (small == "tokens")
+    assert (net(x, t, y)[0] - v).abs().max() < 1e-4 * v.abs().max()
+
+
 def test_loaded_latent_norm_statistics_are_those_used():
     net = randomised().eval()
     z = torch.randn(5, 4, 8, 8)

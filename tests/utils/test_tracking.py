@@ -95,10 +95,16 @@ def test_a_loss_that_is_not_finite_names_its_term_and_first_step(tracker, bad):
     assert not tracker.path.exists()  # no line with a NaN in it
 
 
-def test_only_losses_stop_a_run(tracker):
-    """With a loss scale an infinite gradient norm is a skipped step, not the end."""
-    tracker.add({"loss/a": torch.tensor(1.0), "grad_norm/sit": torch.tensor(math.inf)}, 0)
-    assert tracker.flush(1)["loss/a"] == 1.0
+def test_a_gradient_norm_stops_a_run_unless_a_loss_scale_skips_such_steps(tracker):
+    """And where it does not, the line stays JSON: null, for there is no infinity in it."""
+    metrics = {"loss/a": torch.tensor(1.0), "grad_norm/sit": torch.tensor(math.inf)}
+    tracker.add(metrics, 0)
+    with pytest.raises(NonFiniteError, match="grad_norm/sit is not finite at step 0"):
+        tracker.flush(1)
+    fp16 = Tracker(tracker.accelerator, tracker.path.parent, 1, guarded=("loss/",))
+    fp16.add(metrics, 1)
+    assert fp16.flush(2)["loss/a"] == 1.0
+    assert json.loads(fp16.path.read_text())["grad_norm/sit"] is None
 
 
 def test_rewind_drops_lines_of_later_steps_and_torn_ones(tracker):
