@@ -30,7 +30,7 @@ from utils.weight_files import PUBLISHED, default_weights
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="write the record here as JSON")
     parser.add_argument("--batch-size", type=int, default=64, help="images per rank")
     parser.add_argument(
@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     ranks = Ranks()
     record = run_vae(args, options, ranks) if args.vae else run_samples(args, options, ranks)
     if ranks.is_main:
+        record["ranks"] = ranks.world
         print(format_table(record))
         if args.out:
             write_record(Path(args.out), record)

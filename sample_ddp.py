@@ -11,68 +11,43 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
-from datetime import timedelta
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from tqdm import tqdm
 
+from loss.interpolant import PATHS
 from models.errors import UserError
 from models.sit import SiT
 from models.vae import VAE, build_vae, load_vae
-from utils import cli
+from utils import cli, distributed
 from utils.checkpoint import STATE, sha256, versions, write_atomically
-from utils.draws import generator
-from utils.images import pm1_to_u8, save_grid
+from utils.generate import Sampling, draw_images, draw_labels
+from utils.images import save_grid
 from utils.learner import DTYPES
-from utils.samplers import SOLVERS, sample
+from utils.samplers import SOLVERS
 from utils.shards import KEY, Shards, differing, hash_settings, read_record
 
 PREVIEW_IMAGES, PREVIEW_COLUMNS = 64, 8
-SLOWEST_RANK = timedelta(hours=6)  # how long the first rank to finish waits for the last
 
 
 def main() -> None:
-    state = start()
-    args, settings, todo = main_first(state, plan, share=True)
+    state = distributed.join()
+    args, settings, todo = distributed.main_first(state, plan, share=True)
     if todo is None:
         return
     shards = Shards(args.out.with_suffix(".shards"), settings)
-    nets = main_first(state, lambda: load_networks(args, state.device)) if todo else None
+    load = partial(load_networks, args, state.device)
+    nets = distributed.main_first(state, load) if todo else None
     started = time.perf_counter()
     make_shards(args, nets, shards, todo, state)
     state.wait_for_everyone()
     if state.is_main_process:
         finish(args, shards, session_facts(shards, todo, time.perf_counter() - started, state))
-
-
-def start() -> PartialState:
-    """Join the other ranks, if any. accelerate sees ranks without a GPU only if told `cpu`."""
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    return PartialState(cpu=cpu, timeout=SLOWEST_RANK)
-
-
-def main_first(state: PartialState, function: Callable, share: bool = False):
-    """`function()` on every rank, on the main process first; with `share`, on that alone, and its
-    value on every rank. If it fails there, every rank ends: the main process with the error, the
-    others in silence, with exit code 0 so that no launcher kills the one that is about to speak."""
-    value = problem = None
-    if state.is_main_process:
-        try:
-            value = function()
-        except (UserError, SystemExit) as error:
-            problem = error
-    failed, shared = broadcast_object_list([problem is not None, value if share else None])
-    if failed:
-        raise problem or SystemExit(0)
-    if share:
-        return shared
-    return value if state.is_main_process else function()
 
 
 # --------------------------------------------------------------------------------------
@@ -95,13 +70,8 @@ def plan() -> tuple[argparse.Namespace, dict, list[int] | None]:
     return args, settings, shards.unfinished()
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="folder with sit_ema/ and vae/")
     add("--out", type=Path, required=True, help=".npz to write")
@@ -112,7 +82,7 @@ def parse_args() -> argparse.Namespace:
     add("--guidance-low", type=float, default=0.0, help="guide from this t (0 = data) ...")
     add("--guidance-high", type=float, default=1.0, help="... to this t (1 = noise)")
     add("--timestep-shift", type=float, default=1.0, help="above 1: more steps near the noise")
-    add("--path", choices=("linear", "cosine"), help="interpolant; default: that of the run")
+    add("--path", choices=PATHS, help="interpolant; default: that of the run")
     add("--class-balanced", action="store_true", help="n/classes images of each class, not random")
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=64, help="images per rank and network call")
@@ -228,19 +198,25 @@ def make_shards(
 ) -> None:
     """Sample this rank's part of the batches in `todo`."""
     left = sum(len(shards.indices(index)) for index in todo)
+    settings = sampling(args)
     show = state.is_main_process and left > 0
     done = args.num_samples - left
     bar = tqdm(total=args.num_samples, initial=done, unit="img", disable=not show)
     for index in todo[state.process_index :: state.num_processes]:
-        images = draw_images(args, *nets, shards.indices(index), state.device)
+        images = draw_images(settings, *nets, shards.indices(index), state.device)
         shards.write(index, np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy()))
         bar.update(min(len(images) * state.num_processes, bar.total - bar.n))
     bar.close()
 
 
+def sampling(args: argparse.Namespace) -> Sampling:
+    """The flags that the pixels depend on."""
+    return Sampling(**{f.name: getattr(args, f.name) for f in fields(Sampling)})
+
+
 def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[SiT, VAE]:
     """EMA SiT in the sampling precision, without its projectors, and the VAE in float32."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    distributed.allow_tf32(args.tf32)
     sit = load_sit(args.checkpoint / "sit_ema")
     sit.projectors = torch.nn.ModuleList()
     if args.precision != "fp32":
@@ -263,45 +239,6 @@ def load_sit(folder: Path) -> SiT:
     if wrong:
         raise UserError(f"{folder} does not fit its config.json: {'; '.join(wrong)}")
     return sit
-
-
-@torch.no_grad()
-def draw_images(
-    args: argparse.Namespace, sit: SiT, vae: VAE, indices: range, device: torch.device
-) -> torch.Tensor:
-    """(N, 3, H, W) uint8 on the CPU, where all random numbers are drawn, for any device."""
-    generators = [generator("sample", args.seed, i) for i in indices]
-    side, channels = sit.config.input_size, sit.config.in_channels
-    noise = torch.stack([torch.randn(channels, side, side, generator=g) for g in generators])
-    y = labels(args, indices, sit.config.num_classes).to(device)
-    dtype = DTYPES[args.precision]
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        z_n = sample(
-            sit,
-            noise.to(device),
-            y,
-            solver=args.solver,
-            steps=args.steps,
-            cfg_scale=args.cfg_scale,
-            guidance=(args.guidance_low, args.guidance_high),
-            path=args.path,
-            generator=generators,
-            shift=args.timestep_shift,
-        )
-    if not z_n.isfinite().all():
-        which = f"{indices.start}..{indices.stop - 1}"
-        raise UserError(f"images {which} are not finite: try --precision fp32, other weights")
-    latents = sit.denormalize(z_n).split(args.decode_batch_size)
-    return torch.cat([pm1_to_u8(vae.decode(z), args.uint8).cpu() for z in latents])
-
-
-def labels(args: argparse.Namespace, indices: range, num_classes: int) -> torch.Tensor:
-    """(N,) int64. Balanced labels run through the classes in turn: a file sorted by class would
-    lower the Inception Score of its splits."""
-    if args.class_balanced:
-        return torch.tensor([i % num_classes for i in indices])
-    keys = (generator("label", args.seed, i) for i in indices)
-    return torch.cat([torch.randint(num_classes, (1,), generator=g) for g in keys])
 
 
 # --------------------------------------------------------------------------------------
@@ -327,7 +264,7 @@ def finish(args: argparse.Namespace, shards: Shards, facts: dict) -> None:
     record = args.out.with_suffix(".json")
     record.unlink(missing_ok=True)  # of an .npz that was deleted
     shards.write_npz(args.out)
-    y = labels(args, range(args.num_samples), shards.settings["num_classes"])
+    y = draw_labels(sampling(args), range(args.num_samples), shards.settings["num_classes"])
     np.save(args.out.with_suffix(".labels.npy"), y.numpy())
     grid = torch.from_numpy(shards.first_images(PREVIEW_IMAGES)).permute(0, 3, 1, 2)
     save_grid(args.out.with_suffix(".png"), grid, PREVIEW_COLUMNS, max(1, 64 // grid.shape[-1]))

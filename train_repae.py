@@ -11,7 +11,7 @@ v velocity, y label, feats frozen-encoder tokens (N, T, D_enc), h SiT tokens, pr
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from tqdm import tqdm
@@ -23,13 +23,14 @@ from loss.interpolant import interpolate
 from models.errors import UserError
 from utils import cli, distributed, tracking
 from utils.build import Nets, build_nets, describe, save_nets
-from utils.checkpoint import Checkpoints, find_start, read_state, write_atomically
+from utils.checkpoint import Checkpoints, find_start, write_atomically
 from utils.config import Config, load_config, per_rank_batch, to_yaml
 from utils.data import StepSampler, make_loader, open_source
 from utils.draws import Draws, draw
 from utils.ema import ema_decay, update_ema
 from utils.images import u8_to_pm1
-from utils.learner import Learner, only_training
+from utils.learner import only_training
+from utils.online_evaluation import OnlineEvaluation
 from utils.preview import Previewer
 
 # --------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def vae_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict[
             terms |= terms_through_sit(nets, part, z, config)
             vae.backward(total.add(terms))
             part.z, part.x_hat = z.detach(), x_hat.detach()
-    return total.metrics("vae") | update("vae", vae, step)
+    return total.metrics("vae") | {"grad_norm/vae": vae.step(step)}
 
 
 def regularisation_terms(nets: Nets, x, x_hat, posterior, config: Config, step: int) -> dict:
@@ -155,7 +156,7 @@ def discriminator_phase(nets: Nets, parts: list[Part], config: Config, step: int
     if nets.lecam:
         logits = torch.stack([total.means["logits_real"], total.means["logits_fake"]])
         nets.lecam.update(*disc.accelerator.reduce(logits, "mean"))
-    return total.metrics("disc") | update("disc", disc, step)
+    return total.metrics("disc") | {"grad_norm/disc": disc.step(step)}
 
 
 def sit_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict[str, torch.Tensor]:
@@ -176,21 +177,12 @@ def sit_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict[
             if nets.encoders:
                 terms["align"] = (config.loss.align.sit, alignment_loss(h, part.feats))
             sit.backward(total.add(terms))
-    return total.metrics("sit") | update("sit", sit, step)
+    return total.metrics("sit") | {"grad_norm/sit": sit.step(step)}
 
 
 def drop_labels(y: torch.Tensor, drop: torch.Tensor, null_label: int | None) -> torch.Tensor:
     """Labels (N,) with the null label where `drop`, for classifier-free guidance."""
     return y if null_label is None else torch.where(drop, null_label, y)
-
-
-def update(name: str, learner: Learner, step: int) -> dict[str, torch.Tensor]:
-    """Clip, step, and say how that went."""
-    norm = learner.step(step)
-    metrics = {f"grad_norm/{name}": norm}
-    if learner.scaler.is_enabled():
-        metrics[f"loss_scale/{name}"] = norm.new_tensor(learner.scaler.get_scale())
-    return metrics
 
 
 class Sums:
@@ -230,17 +222,16 @@ def main() -> int | None:
     try:
         train(config, accelerator)
     except tracking.NonFiniteError as error:
-        last = Checkpoints(config.run_dir).latest(report=lambda _: None)
-        accelerator.print(
-            f"stopped: {error}; last good checkpoint: {last or 'none'}", file=sys.stderr
-        )
+        if accelerator.is_main_process:
+            last = Checkpoints(config.run_dir).latest(report=lambda _: None)
+            print(f"stopped: {error}; last good checkpoint: {last or 'none'}", file=sys.stderr)
         return 1
     finally:
         accelerator.end_training()
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--config",
         action="append",
@@ -280,50 +271,92 @@ def open_training_data(config: Config):
 def train(config: Config, accelerator: distributed.Accelerator) -> None:
     """Train until `run.steps`, a signal, or a loss that is not finite."""
     run, rank, ranks = config.run, accelerator.process_index, accelerator.num_processes
-    batch = per_rank_batch(config, ranks)
     source = open_training_data(config)
+    describe(config, source, ranks)  # raises where shapes do not meet, before anything is loaded
     checkpoints = Checkpoints(config.run_dir, run.keep_last, run.milestone_every)
-    checkpoint = find_start(run.resume, checkpoints, accelerator)
-    first = read_state(checkpoint)["step"] if checkpoint else 0
-    sampler = StepSampler(
-        len(source),
-        run.batch_size,
-        seed=run.seed,
-        rank=rank,
-        world=ranks,
-        start_step=first,
-        end_step=run.steps,
-    )
+    checkpoint, state = find_start(run.resume, checkpoints, accelerator)
+    first = state.get("step", 0)
+    if first >= run.steps:
+        accelerator.print(f"step {first} of {run.steps} is done; raise run.steps to go on")
+        return
     nets = build_nets(config, source, accelerator, checkpoint)
     tracker = start_logging(config, accelerator, first)
-    previewer = Previewer(config, source, accelerator)
+    after = After(config, source, accelerator, checkpoints, tracker)
+    latent_shape = nets.vae.latent_shape(config.data.resolution)
+    shape = (per_rank_batch(config, ranks), *latent_shape)
     stop = distributed.StopSignal(accelerator)
-    shape = (batch, *nets.vae.latent_shape(config.data.resolution))
-    loader = make_loader(source, sampler, config.data.workers, accelerator.device.type == "cuda")
     bar = progress_bar(first, run.steps, accelerator)
 
-    for step, (x_u8, y) in enumerate(loader, start=first):
+    for step, (x_u8, y) in enumerate(open_loader(config, source, accelerator, first), start=first):
         x = u8_to_pm1(x_u8.to(accelerator.device, non_blocking=True))
         y = y.to(accelerator.device, non_blocking=True)
         draws = draw(config, step, rank, shape, accelerator.device)
         tracker.add(train_step(nets, x, y, draws, config, step), step)
-        done = step + 1
         bar.update()
-        stopping = stop.agreed(done)
-        last = stopping or done == run.steps
-        saving = last or done % run.save_every == 0
-        if saving or done % run.log_every == 0:
-            show(bar, tracker.flush(done))
-        if previewer.is_due(done, last):
-            previewer.write(nets, done)
-        if saving:
-            state = {"epoch": done * run.batch_size / len(source), "seed": run.seed, "ranks": ranks}
-            state |= {"path": config.loss.diffusion.path}
-            save(nets, checkpoints, done, state, accelerator)
+        stopping = stop.agreed(step + 1)
+        after.step(nets, step + 1, last=stopping or step + 1 == run.steps, bar=bar)
         if stopping:
-            accelerator.print(f"\ntold to stop: saved step {done}; run the same command to go on")
+            accelerator.print(f"\ntold to stop at step {step + 1}; run the same command to go on")
             break
     bar.close()
+
+
+def open_loader(config: Config, source, accelerator, first: int):
+    """Batches (x_u8, y) of this rank, from step `first` on."""
+    sampler = StepSampler(
+        len(source),
+        config.run.batch_size,
+        seed=config.run.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        start_step=first,
+        end_step=config.run.steps,
+    )
+    return make_loader(source, sampler, config.data.workers, accelerator.device.type == "cuda")
+
+
+class After:
+    """What is due after a step: a log line, a checkpoint, and only then pictures and evaluation,
+    so that nothing that fails in them costs work."""
+
+    def __init__(self, config: Config, source, accelerator, checkpoints: Checkpoints, tracker):
+        self.config, self.accelerator = config, accelerator
+        self.checkpoints, self.tracker, self.num_images = checkpoints, tracker, len(source)
+        self.previewer = Previewer(config, source, accelerator)
+        self.evaluation = OnlineEvaluation(config, accelerator)
+
+    def step(self, nets: Nets, done: int, last: bool, bar: tqdm) -> None:
+        """`done` steps are done; `last`: there will be no other."""
+        run = self.config.run
+        saving = last or done % run.save_every == 0
+        if saving or done % run.log_every == 0:
+            show(bar, self.tracker.flush(done, extra=loss_scales(nets)))
+        if saving:
+            self.save(nets, done)
+        if self.previewer.is_due(done, last):
+            self.previewer.write(nets, done)
+        if self.evaluation.is_due(done):
+            self.tracker.write(done, self.evaluation.measure(nets))
+        self.tracker.restart_clock()
+
+    def save(self, nets: Nets, done: int) -> None:
+        """One checkpoint, written by the main process while the others wait."""
+        run = self.config.run
+        state = {
+            "epoch": done * run.batch_size / self.num_images,
+            "seed": run.seed,
+            "ranks": self.accelerator.num_processes,
+            "path": self.config.loss.diffusion.path,
+        }
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(done, lambda folder: save_nets(nets, folder), state)
+        self.accelerator.wait_for_everyone()
+
+
+def loss_scales(nets: Nets) -> dict[str, float]:
+    """fp16 only: the loss scale of each network."""
+    learners = nets.learn.items()
+    return {f"loss_scale/{n}": v.scaler.get_scale() for n, v in learners if v.scaler.is_enabled()}
 
 
 def start_logging(config: Config, accelerator, first: int) -> tracking.Tracker:
@@ -341,7 +374,12 @@ def start_logging(config: Config, accelerator, first: int) -> tracking.Tracker:
         write_atomically(path, text)
     tracker.rewind(first)
     if config.run.trackers:
-        accelerator.init_trackers("repa-e")
+        flat = {
+            f"{section}.{name}": str(value)
+            for section, fields_ in asdict(config).items()
+            for name, value in fields_.items()
+        }
+        accelerator.init_trackers("repa-e", flat, {"wandb": {"name": config.run.name}})
     return tracker
 
 
@@ -358,13 +396,6 @@ def show(bar: tqdm, row: dict[str, float]) -> None:
         return
     short = {k.rsplit("/", 1)[1]: f"{v:.3f}" for k, v in row.items() if k.startswith("loss/sit/")}
     bar.set_postfix({"images/s": f"{row['images_per_second']:.1f}"} | short, refresh=False)
-
-
-def save(nets: Nets, checkpoints: Checkpoints, step: int, state: dict, accelerator) -> None:
-    """One checkpoint, written by the main process while the others wait."""
-    if accelerator.is_main_process:
-        checkpoints.save(step, lambda folder: save_nets(nets, folder), state)
-    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ N batch, C channels, h w latent grid.
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.nn.functional import all_reduce  # differentiable: naive end-to-end needs it
+from torch.distributed.nn.functional import all_reduce  # differentiable
 
 
 class JointBatchNorm2d(nn.BatchNorm2d):
@@ -34,6 +34,7 @@ class JointBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(unbiased_var, self.momentum)
 
 
+@torch.compiler.disable  # collectives inside a graph would be traced as one rank sees them
 def joint_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
     """(N, C, H, W) on every rank => mean (C,), biased variance (C,), number of values of a channel.
 

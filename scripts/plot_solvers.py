@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("assets/solvers.png"))
     parser.add_argument("--checkpoint", type=Path, help="folder with sit_ema/")
     parser.add_argument("--path", choices=("linear", "cosine"), default="linear")

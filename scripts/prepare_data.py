@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import UserError
-from utils.cli import run
+from utils.cli import Parser, run
 from utils.data import open_source
 from utils.images import CROP_VERSION, UnreadableImageError
 from utils.sources import PACKED_FORMAT, FolderSource, Hdf5Source, shard_name
@@ -54,7 +54,7 @@ class Shard(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("src", type=Path, help="folder of the source images")
     parser.add_argument("out", type=Path, help="folder to write; not inside SRC")
     parser.add_argument("--resolution", type=_positive, default=256, help="pixels (256)")

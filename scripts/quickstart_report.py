@@ -3,7 +3,6 @@
 python scripts/quickstart_report.py --run exps/quickstart
 """
 
-import argparse
 import json
 import sys
 import time
@@ -34,14 +33,14 @@ CURVES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     run = parser.parse_args().run
     x_u8, y = read_samples(run / "samples.npz")
     judge, facts = train_classifier.load(run / "judge.safetensors")
     accuracy = (judge.predict(x_u8) == y).float().mean().item()
     draw_grid(x_u8, y, run / "digits.png")
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "images_per_second" in row]
     draw_curves(rows, run / "curves.png")
     newest = sorted((run / "samples").glob("*-reconstructions.png"))[-1]
     (run / "reconstructions.png").write_bytes(newest.read_bytes())
@@ -49,7 +48,7 @@ def main() -> None:
         "label_accuracy": accuracy,
         "classifier_accuracy": facts["accuracy"],
         "seconds": time.time() - int((run / "started").read_text()),
-        "images_per_second": float(np.median([row["images_per_second"] for row in rows])),
+        "images_per_second": float(np.median([r["images_per_second"] for r in rows])),
         "steps": rows[-1]["step"],
         "evaluation": json.loads((run / "evaluation.json").read_text())["metrics"],
     }

@@ -7,7 +7,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # small networks: threads only wait
 export HF_HUB_OFFLINE=1 # no test downloads anything
 ruff check .
 ruff format --check .
+workers="-n 2 --dist loadfile" # a file stays with one worker: its fixtures are made once
 if [ "${1:-}" = fast ]; then
-    exec python -m pytest -m "not slow" "${@:2}"
+    exec python -m pytest $workers -m "not slow" "${@:2}"
 fi
-exec python -m pytest "$@"
+exec python -m pytest $workers "$@"

@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--network", default="test_resnet", help="any timm name")
     parser.add_argument("--size", type=int, default=64, help="input side in pixels")
     parser.add_argument("--data", default="digits", help="source, as data.source")

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from models.errors import UserError
 from models.vae import load_vae
+from tests.tiny import launcher
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = importlib.import_module("evaluate_fid")
@@ -75,7 +76,7 @@ def test_the_record_has_every_fact(run, samples):
                     "--pr-mode", "fp32", "--metrics", "fid,recall")  # fmt: skip
     assert set(record) == {
         "metrics", "details", "comparable_to_papers", "not_comparable_because", "warnings", "n",
-        "samples", "reference", "features", "protocol", "versions",
+        "samples", "reference", "features", "protocol", "ranks", "versions",
     }  # fmt: skip
     assert set(record["metrics"]) == {"FD[pixel12]", "recall[pixel12]"}
     assert record["protocol"]["precision_recall"]["mode"] == "fp32"
@@ -157,10 +158,8 @@ def test_mistakes_in_the_flags_are_refused(flags, message):
 
 
 def script(*flags, ranks=1, **env):
-    launch = "-m accelerate.commands.launch --cpu --num_machines 1 --main_process_port 0"
-    launch += f" --num_processes {ranks} --mixed_precision no --dynamo_backend no"
-    command = [sys.executable, *launch.split() * (ranks > 1), "evaluate_fid.py"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    command = [sys.executable, *launcher(ranks), "evaluate_fid.py"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
     return subprocess.run([*command, *map(str, flags)], cwd=ROOT, env=env, capture_output=True,
                           text=True, timeout=600)  # fmt: skip
 
@@ -186,6 +185,7 @@ def test_two_ranks_give_the_numbers_of_one(samples, judge, tmp_path):
         assert done.stdout.count("not comparable to papers") == 1
         records.append(json.loads((tmp_path / "o.json").read_text()))
     assert [r["reference"]["cache"] for r in records] == ["computed now", "computed now", "hit"]
+    assert [r["ranks"] for r in records] == [1, 2, 2]
     for record in records[1:]:
         assert record["metrics"] == pytest.approx(records[0]["metrics"], rel=1e-5)
         assert record["samples"] == records[0]["samples"]
@@ -203,6 +203,8 @@ def test_two_ranks_reconstruct_as_one(tmp_path):
             ranks=ranks,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        records.append(json.loads((tmp_path / "o.json").read_text())["metrics"])
+        record = json.loads((tmp_path / "o.json").read_text())
+        assert record["ranks"] == ranks
+        records.append(record["metrics"])
     for name, value in records[0].items():
         assert records[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name

@@ -13,7 +13,8 @@ from tests.tiny import ROOT, run_script
 TEXT = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for line in re.findall(r"^    (\S.*)$", TEXT, re.M)]
 SCRIPTS = [c for c in COMMANDS if re.match(r"(python|accelerate launch) ", c)]
-DRY_RUNS = [c for c in SCRIPTS if "--checkpoint" not in c and "prepare_data" not in c]
+ELSEWHERE = ("--checkpoint", "prepare_data", "import_official", "export_vae", "reproduce_tables")
+DRY_RUNS = [c for c in SCRIPTS if not any(word in c for word in ELSEWHERE)]
 
 
 def words(command: str) -> list[str]:
@@ -37,6 +38,19 @@ def test_preparing_data_passes_its_dry_run(tmp_path):
     parts = [w.replace("/data/imagenet", str(tmp_path)) for w in words(command)]
     done = run_script(*parts, "--dry-run")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in SCRIPTS if "reproduce_tables" in c])
+def test_the_commands_about_tables_run(command, tmp_path):
+    done = run_script(*words(command.replace("DIR", str(tmp_path))))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in SCRIPTS if "_official" in c or "export_" in c])
+def test_the_other_commands_have_the_flags_of_their_scripts(command):
+    script, *rest = words(command)
+    helped = run_script(script, "--help").stdout
+    assert all(word in helped for word in rest if word.startswith("--"))
 
 
 def test_the_two_commands_are_there_and_executable():

@@ -6,6 +6,7 @@ python -m pytest tests/test_resume.py
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from tests.tiny import ROOT, TINY, train
+from tests.tiny import ROOT, TINY, train, train_here
 from utils.checkpoint import find_fault
 from utils.tracking import read_metrics
 
@@ -111,9 +113,7 @@ def test_kill_9_then_the_same_command_ends_bit_equal(uninterrupted, tmp_path, mo
 
 
 @pytest.mark.parametrize("damage", ["no state", "cut file", "changed byte"])
-def test_a_damaged_checkpoint_is_reported_and_passed_over(uninterrupted, tmp_path, damage):
-    import shutil
-
+def test_a_damaged_checkpoint_is_reported_and_passed_over(uninterrupted, tmp_path, damage, capsys):
     run = tmp_path / "tiny"
     shutil.copytree(uninterrupted, run)
     newest = run / "checkpoints" / "0000006"
@@ -124,10 +124,10 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(uninterrupted, tmp_pat
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
         file.write_bytes(data if damage == "changed byte" else data[:-100])
-    done = train(tmp_path, *EPOCHS)
-    assert done.returncode == 0, done.stderr
-    assert f"ignored {newest}" in done.stdout
-    assert f"going on from {run / 'checkpoints' / '0000004'}" in done.stdout
+    assert train_here(tmp_path, *EPOCHS) == 0
+    output = capsys.readouterr().out
+    assert f"ignored {newest}" in output
+    assert f"going on from {run / 'checkpoints' / '0000004'}" in output
     assert contents(run, 6) == contents(uninterrupted, 6)
 
 
@@ -138,7 +138,7 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "told to stop: saved step" in output
+    assert process.returncode == 0 and "told to stop at step" in output
     (checkpoint,) = (tmp_path / "tiny" / "checkpoints").glob("[0-9]*")
     assert find_fault(checkpoint) is None
     step = int(checkpoint.name)
@@ -148,32 +148,53 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path):
 
 def test_only_the_newest_checkpoints_and_the_milestones_stay(tmp_path):
     keep = ("run.save_every=1", "run.keep_last=2", "run.milestone_every=2", "run.steps=6")
-    assert train(tmp_path, *keep).returncode == 0
+    assert train_here(tmp_path, *keep) == 0
     names = sorted(p.name for p in (tmp_path / "tiny" / "checkpoints").iterdir())
     assert names == ["0000002", "0000004", "0000005", "0000006"]
 
 
 def test_a_run_that_is_complete_stays_as_it_is(uninterrupted):
     before = contents(uninterrupted, 6)
-    assert train(uninterrupted.parent, *EPOCHS).returncode == 0
+    assert train_here(uninterrupted.parent, *EPOCHS) == 0
     assert contents(uninterrupted, 6) == before
 
 
-def test_resume_never_refuses_a_used_name_and_a_path_must_be_whole(uninterrupted, tmp_path):
-    never = train(uninterrupted.parent, *EPOCHS, "run.resume=never")
-    assert never.returncode == 2 and "choose another run.name" in never.stderr
-    path = train(tmp_path, *EPOCHS, f"run.resume={tmp_path}")
-    assert path.returncode == 2 and "not a whole checkpoint" in path.stderr
+def test_resume_never_refuses_a_used_name_and_a_path_must_be_whole(uninterrupted, tmp_path, capsys):
+    used = uninterrupted.parent
+    older = uninterrupted / "checkpoints" / "0000002"
+    for out, start, message in (
+        (used, "never", "choose another run.name"),
+        (tmp_path, tmp_path, "not a whole checkpoint"),
+        (used, older, "holds 0000006 too"),
+    ):
+        assert train_here(out, *EPOCHS, f"run.resume={start}") == 2
+        assert message in capsys.readouterr().err
     whole = uninterrupted / "checkpoints" / "0000004"
-    assert train(tmp_path, *EPOCHS, f"run.resume={whole}").returncode == 0
+    assert train_here(tmp_path, *EPOCHS, f"run.resume={whole}") == 0
     assert contents(tmp_path / "tiny", 6) == contents(uninterrupted, 6)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_checkpoint(tmp_path):
+def test_init_from_takes_the_weights_and_nothing_else(uninterrupted, tmp_path):
+    """A new run at step 0; with learning rates 0 its weights stay those of the checkpoint."""
+    origin = uninterrupted / "checkpoints" / "0000006"
+    still = [f"{net}.optim.lr=0" for net in ("vae", "sit", "disc")]
+    assert train_here(tmp_path, f"run.init_from={origin}", "run.steps=2", *still) == 0
+    end = tmp_path / "tiny" / "checkpoints" / "0000002"
+    for name in ("vae/diffusion_pytorch_model.safetensors", "discriminator.safetensors"):
+        ours, theirs = load_file(end / name), load_file(origin / name)
+        assert all(
+            torch.equal(ours[k], theirs[k])
+            for k in theirs
+            if "running" not in k and "num_b" not in k
+        )
+    assert read_metrics(tmp_path / "tiny" / "metrics.jsonl")[0]["step"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_checkpoint(tmp_path, capsys):
     broken = ("vae.optim.lr=1e30", "vae.optim.clip=0", "run.steps=8", "run.save_every=100")
-    assert train(tmp_path, "run.steps=2").returncode == 0
-    done = train(tmp_path, *broken)
-    assert done.returncode == 1
-    assert "stopped: loss/" in done.stderr and "is not finite at step" in done.stderr
-    assert str(tmp_path / "tiny" / "checkpoints" / "0000002") in done.stderr
+    assert train_here(tmp_path, "run.steps=2") == 0
+    assert train_here(tmp_path, *broken) == 1
+    errors = capsys.readouterr().err
+    assert "stopped: loss/" in errors and "is not finite at step" in errors
+    assert str(tmp_path / "tiny" / "checkpoints" / "0000002") in errors
     assert [p.name for p in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["0000002"]

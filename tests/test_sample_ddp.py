@@ -28,6 +28,7 @@ from models.errors import UserError
 from models.sit import SiT
 from models.vae import build_vae
 from utils import cli
+from utils.generate import Sampling, draw_labels
 from utils.shards import Shards
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +82,7 @@ def arguments(checkpoint: Path, out: Path, **flags) -> list[str]:
 def here(checkpoint: Path, out: Path, **flags) -> np.ndarray:
     """Run the script's `main` in this process."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setattr(sys, "argv", ["sample_ddp.py", *arguments(checkpoint, out, **flags)])
         sample_ddp.main()
     return images_of(out)
@@ -212,7 +214,7 @@ def test_everything_beside_the_npz(checkpoint, tmp_path):
     ]  # fmt: skip
     with Image.open(out.with_suffix(".png")) as grid:
         top_left = np.asarray(grid)[:64:4, :64:4]
-        assert grid.size == (8 * 16 * 4, 8 * 16 * 4)
+        assert grid.size == (8 * 17 * 4, 8 * 17 * 4)  # one grey pixel after each image
     assert np.array_equal(top_left, images[0])
     settings, record = record_of(out)["settings"], record_of(out)
     chosen = {"cfg_scale": 1.5, "guidance_low": 0.1, "guidance_high": 1.0, "timestep_shift": 2.0}
@@ -342,8 +344,7 @@ def test_balanced_labels_are_exactly_balanced(checkpoint, tmp_path):
 
 def test_random_labels_depend_on_seed_and_index_alone(checkpoint, tmp_path):
     def draw(seed, rows):
-        args = type("Args", (), {"class_balanced": False, "seed": seed})
-        return sample_ddp.labels(args, rows, 1000)
+        return draw_labels(Sampling(seed=seed), rows, 1000)
 
     y = draw(0, range(4000))
     assert torch.equal(torch.cat([draw(0, range(i, i + 100)) for i in range(0, 4000, 100)]), y)
@@ -434,6 +435,21 @@ def test_a_kill_between_the_npz_and_its_record_is_mended(checkpoint, tmp_path, m
     record = record_of(out)
     assert (record["images_sampled"], record["images_per_second"]) == (0, None)
     assert not shards.folder.exists()
+
+
+def test_the_record_of_a_deleted_npz_is_not_taken_for_that_of_the_next(
+    checkpoint, tmp_path, monkeypatch
+):
+    out = tmp_path / "a.npz"
+    here(checkpoint, out)
+    out.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_ddp, "save_grid", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            here(checkpoint, out, seed=1)
+    assert out.exists() and not out.with_suffix(".json").exists()
+    here(checkpoint, out, seed=1)
+    assert record_of(out)["settings"]["seed"] == 1
 
 
 def test_damaged_and_foreign_batches_are_made_again(checkpoint, tmp_path, monkeypatch, capsys):

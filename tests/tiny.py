@@ -1,6 +1,7 @@
 """The smallest complete run: what the tests of training share."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from utils import distributed
+import train_repae
+from utils import cli, distributed
 from utils.build import Nets, build_nets
 from utils.config import Config, load_config
 from utils.data import open_source
@@ -87,3 +89,19 @@ def run_script(*command: str, ranks: int = 1, **kwargs) -> subprocess.CompletedP
 def train(out: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
     """`train_repae.py` with the tiny config, into `out`."""
     return run_script("train_repae.py", *TINY, f"run.out={out}", *overrides, ranks=ranks)
+
+
+def train_here(out: Path, *overrides: str) -> int:
+    """The same in this process, without its seconds of imports; returns the exit code."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    torch.set_num_threads(1)  # as in the processes of `train`: results are compared bit by bit
+    words = sys.argv
+    sys.argv = ["train_repae.py", *TINY, f"run.out={out}", *overrides]
+    try:
+        cli.run(train_repae.main)
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = words
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

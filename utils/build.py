@@ -49,28 +49,32 @@ class Nets:
 def build_nets(
     config: Config, source: Source, accelerator: Accelerator, checkpoint: Path | None = None
 ) -> Nets:
-    """Networks at their start, or as `checkpoint` holds them; ready to train."""
+    """Networks at their start, or as `checkpoint` holds them; ready to train.
+
+    `run.init_from` gives a new run the weights of a checkpoint, but neither its step nor its
+    optimizers.
+    """
     c, device = config, accelerator.device
+    origin = checkpoint or (Path(c.run.init_from) if c.run.init_from else None)
     with accelerator.main_process_first():  # one process downloads, the others read its cache
-        vae = _seeded(c, "vae", lambda: _load_vae(c, checkpoint)).to(device)
+        vae = _seeded(c, "vae", lambda: _load_vae(c, origin)).to(device)
         encoders = _seeded(c, "encoders", lambda: load_encoders(c, device))
         net = load_lpips(c.loss.reg.lpips_weights) if c.vae.train and c.loss.reg.lpips else None
     disc = _seeded(c, "disc", lambda: build_disc(c)).to(device) if c.uses_disc else None
     lecam = LeCam().to(device) if c.uses_disc and c.loss.reg.lecam else None
     dims = tuple(encoder.embed_dim for encoder in encoders)
     sit = _seeded(c, "sit", lambda: build_sit(c, vae, source.num_classes, dims)).to(device)
-    if checkpoint is None:
+    if origin is None:
         sit.bn.set_stats(*(vae.latent_stats() or measure_latents(vae, source, c)))
-    nets = Nets(vae, sit, disc, encoders, net.to(device) if net else None, lecam)
-    nets.precision = c.run.precision
-    if checkpoint is not None:
-        load_weights(nets, checkpoint)
+    net = net.to(device) if net else None
+    nets = Nets(vae, sit, disc, encoders, net, lecam, precision=c.run.precision)
+    if origin is not None:
+        load_weights(nets, origin)
     _set_up(nets, c, accelerator)
     nets.ema = make_ema(sit)
+    if origin is not None:
+        _load_strictly(nets.ema, SiT.from_pretrained(origin / "sit_ema").state_dict(), "sit_ema")
     if checkpoint is not None:
-        _load_strictly(
-            nets.ema, SiT.from_pretrained(checkpoint / "sit_ema").state_dict(), "sit_ema"
-        )
         load_optimizers(nets, checkpoint)
     return nets
 
@@ -86,6 +90,8 @@ def _set_up(nets: Nets, c: Config, accelerator: Accelerator) -> None:
     if c.run.compile:
         for net in filter(None, (nets.vae, nets.sit, nets.disc)):
             net.compile()
+        if not c.vae.train:  # a frozen VAE is called by its encoder alone
+            nets.vae.encode = torch.compile(nets.vae.encode)
     nets.vae.eval()  # no dropout in it: train and eval mode are the same
     trained = {"vae": (nets.vae, c.vae.optim)} if c.vae.train else {}
     trained |= {"sit": (nets.sit, c.sit.optim)}
@@ -103,8 +109,8 @@ def _to_channels_last(net: nn.Module) -> None:
             module.to(memory_format=torch.channels_last)
 
 
-def _load_vae(c: Config, checkpoint: Path | None) -> VAE:
-    return load_vae(str(checkpoint / "vae")) if checkpoint else load_vae(c.vae.name, c.vae.weights)
+def _load_vae(c: Config, origin: Path | None) -> VAE:
+    return load_vae(str(origin / "vae")) if origin else load_vae(c.vae.name, c.vae.weights)
 
 
 def load_encoders(c: Config, device: torch.device) -> list[Encoder]:
@@ -191,7 +197,9 @@ def save_nets(nets: Nets, folder: Path) -> None:
     nets.sit.save_pretrained(folder / "sit")
     nets.ema.save_pretrained(folder / "sit_ema")
     if nets.disc:
-        save_file(nets.disc.state_dict(), folder / "discriminator.safetensors")
+        # channels-last weights are not contiguous, which safetensors refuses
+        state = {name: value.contiguous() for name, value in nets.disc.state_dict().items()}
+        save_file(state, folder / "discriminator.safetensors")
     optim = {name: learner.state_dict() for name, learner in nets.learn.items()}
     optim |= {"lecam": nets.lecam.state_dict()} if nets.lecam else {}
     torch.save(optim, folder / "optim.pt")
@@ -202,16 +210,17 @@ def load_weights(nets: Nets, folder: Path) -> None:
     _load_strictly(nets.sit, SiT.from_pretrained(folder / "sit").state_dict(), "sit")
     if nets.disc:
         path = folder / "discriminator.safetensors"
-        if not path.is_file():
-            raise UserError(
-                f"{folder} has no discriminator: set loss.reg.gan=0, or start a new run"
-            )
-        _load_strictly(nets.disc, load_file(path), "discriminator")
+        if path.is_file():
+            _load_strictly(nets.disc, load_file(path), "discriminator")
+        elif (folder / "optim.pt").is_file():  # it trained without; an imported one may lack it
+            raise UserError(f"{folder} has no discriminator: set loss.reg.gan=0, or a new run.name")
 
 
 def load_optimizers(nets: Nets, folder: Path) -> None:
     """Moments, loss scales and LeCam averages of a checkpoint."""
-    state = torch.load(folder / "optim.pt", map_location="cpu", weights_only=True)
+    if not (folder / "optim.pt").is_file():
+        raise UserError(f"{folder} holds no optimizers (imported?): use run.init_from={folder}")
+    state = torch.load(folder / "optim.pt", map_location="cpu", weights_only=True, mmap=True)
     missing = set(nets.learn) - set(state)
     if missing:
         raise UserError(f"{folder} has no optimizer state of {', '.join(missing)}: start a new run")

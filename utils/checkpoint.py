@@ -78,33 +78,42 @@ class Checkpoints:
         shutil.rmtree(folder.rename(trash))
 
 
-def find_start(resume: str, checkpoints: Checkpoints, accelerator: Accelerator) -> Path | None:
-    """What `run.resume` means: the checkpoint to go on from, the same on every rank, or None."""
-    answer = [None, None]
+def find_start(
+    resume: str, checkpoints: Checkpoints, accelerator: Accelerator
+) -> tuple[Path | None, dict]:
+    """What `run.resume` means, the same on every rank: the checkpoint to go on from and its state,
+    or (None, {}) for a new run."""
+    answer = [None, {}, None]
     if accelerator.is_main_process:
         checkpoints.sweep()
-        answer = list(_choose_start(resume, checkpoints, accelerator.print))
-    checkpoint, fault = broadcast_object_list(answer)
+        checkpoint, fault = _choose_start(resume, checkpoints, accelerator.print)
+        state = json.loads((checkpoint / STATE).read_text()) if checkpoint and not fault else {}
+        answer = [checkpoint, state, fault]
+    checkpoint, state, fault = broadcast_object_list(answer)
     if fault:
         raise UserError(fault)
     accelerator.print(f"going on from {checkpoint}" if checkpoint else "starting a new run")
-    return checkpoint
+    return checkpoint, state
 
 
 def _choose_start(
     resume: str, checkpoints: Checkpoints, report: Callable[[str], None]
 ) -> tuple[Path | None, str | None]:
     """(checkpoint or None, what is wrong or None)"""
+    run = checkpoints.folder.parent
     if resume == "auto":
         return checkpoints.latest(report), None
     if resume == "never":
-        run = checkpoints.folder.parent
         fault = f"{run} holds checkpoints and run.resume=never: choose another run.name"
         return None, fault if checkpoints.latest(report) else None
-    fault = find_fault(Path(resume))
-    return Path(
-        resume
-    ), f"run.resume={resume} is not a whole checkpoint: {fault}" if fault else None
+    chosen = Path(resume)
+    fault = find_fault(chosen)
+    if fault:
+        return chosen, f"run.resume={resume} is not a whole checkpoint: {fault}"
+    newest = checkpoints.latest(report)
+    if newest and newest.resolve() != chosen.resolve():  # it would be what `auto` goes on from
+        return chosen, f"{run} holds {newest.name} too: choose another run.name, or delete that"
+    return chosen, None
 
 
 def find_fault(folder: Path) -> str | None:
@@ -120,14 +129,6 @@ def find_fault(folder: Path) -> str | None:
         if sha256(path) != digest:
             return f"{name} is damaged"
     return None
-
-
-def read_state(folder: Path) -> dict:
-    """state.json of a whole checkpoint, or `UserError`."""
-    fault = find_fault(folder)
-    if fault:
-        raise UserError(f"{folder} is not a whole checkpoint: {fault}")
-    return json.loads((folder / STATE).read_text())
 
 
 def sha256(path: Path) -> str:

@@ -5,7 +5,9 @@ train ends in one line (`UserError`).
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +56,7 @@ class Run:
     resume: str = (
         "auto"  # auto = newest whole checkpoint of this run; never; or a checkpoint folder
     )
+    init_from: str | None = None  # checkpoint folder whose weights a new run starts with
     log_every: int = 100  # steps between log lines (means over the steps in between)
     save_every: int = 10_000  # steps between checkpoints
     keep_last: int = 3  # newest checkpoints kept
@@ -191,9 +194,25 @@ class Preview:
 
     every: int = 10_000  # steps; 0 = none
     num: int = 64  # images; their noises and labels never change
-    solver: Literal["ode-euler", "ode-heun", "sde"] = "ode-heun"
-    steps: int = 25
+    solver: Literal["ode-euler", "ode-heun", "ode-ab2", "sde"] = "ode-ab2"
+    steps: int = 50  # of the solver
     cfg_scale: float = 2.0
+
+
+@dataclass
+class Eval:
+    """Small evaluations during training, on the EMA weights, as evaluate_fid.py measures."""
+
+    every: int = 0  # steps; 0 = none
+    num: int = 1000  # images; named in every number, since small sets give larger distances
+    reference: str | None = None  # as evaluate_fid.py --reference; null = the training images
+    features: str = "inception"  # inception, dinov2, timm:NAME[@FILE], pixel
+    weights: str | None = None  # weight file of inception or dinov2
+    metrics: list[str] = field(default_factory=lambda: ["fid"])  # fid, sfid, is, precision, recall
+    batch_size: int = 50  # images per rank and network call
+    solver: Literal["ode-euler", "ode-heun", "ode-ab2", "sde"] = "ode-ab2"
+    steps: int = 50  # of the solver
+    cfg_scale: float = 1.0  # 1 = no guidance
 
 
 @dataclass
@@ -208,6 +227,7 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     ema: Ema = field(default_factory=Ema)
     preview: Preview = field(default_factory=Preview)
+    eval: Eval = field(default_factory=Eval)
 
     @property
     def run_dir(self) -> Path:
@@ -240,6 +260,8 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from None
+    except yaml.YAMLError:
+        raise UserError(f"config: cannot read one of {' '.join(overrides)} as YAML") from None
     check(config)
     return config
 
@@ -260,16 +282,22 @@ def _with_bases(path: Path) -> list:
 
 def _one_line(error: OmegaConfBaseException) -> str:
     first = str(error).splitlines()[0]
+    near = get_close_matches(str(error.full_key), [f.name for f in fields(Config)], n=1)
+    if near and "Did you mean" not in first and error.full_key not in near:
+        first += f". Did you mean: '{near[0]}'?"
     return f"config: {first}" + (f" (at {error.full_key})" if error.full_key else "")
 
 
-def save_config(config: Config, path: str | Path) -> None:
-    """Write every field, also those at their defaults."""
-    Path(path).write_text(to_yaml(config))
-
-
 def to_yaml(config: Config) -> str:
+    """Every field, also those at their defaults."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+AT_LEAST_ONE = (
+    *("run.steps", "run.batch_size", "run.accumulation", "run.log_every", "run.save_every"),
+    *("run.keep_last", "data.resolution", "latent_norm.stats_images", "preview.num"),
+    *("eval.num", "eval.batch_size", "disc.layers", "disc.channels"),
+)
 
 
 def check(c: Config) -> None:
@@ -283,13 +311,23 @@ def _faults(c: Config):
     """(is it so?, what to say) for everything that the fields alone can tell."""
     align, reg, enc = c.loss.align, c.loss.reg, c.encoder
     yield c.sit.size not in SIZES, f"sit.size={c.sit.size}: choose one of {', '.join(SIZES)}"
-    positive = {"run.steps": c.run.steps, "run.batch_size": c.run.batch_size}
-    positive |= {"run.accumulation": c.run.accumulation, "run.log_every": c.run.log_every}
-    positive |= {"run.save_every": c.run.save_every, "run.keep_last": c.run.keep_last}
-    positive |= {"data.resolution": c.data.resolution}
-    for name, value in positive.items():
+    origin = c.run.init_from
+    yield (
+        origin is not None and not (Path(origin) / "sit" / "config.json").is_file(),
+        f"run.init_from={origin} is no checkpoint folder: it has no sit/config.json",
+    )
+    for name in AT_LEAST_ONE:
+        section, key = name.split(".")
+        value = getattr(getattr(c, section), key)
         yield value < 1, f"{name}={value} must be at least 1"
     shape = c.sit_shape()
+    yield min(shape.values()) < 1, f"sit: {shape} must all be at least 1"
+    yield c.data.workers < 0, f"data.workers={c.data.workers} must not be negative"
+    drop = c.sit.class_dropout_prob
+    yield not 0 <= drop < 1, f"sit.class_dropout_prob={drop} must lie in [0, 1)"
+    known = {"fid", "sfid", "is", "precision", "recall"}
+    unknown = set(c.eval.metrics) - known
+    yield unknown, f"eval.metrics: {', '.join(unknown)} unknown, choose from {', '.join(known)}"
     yield (
         shape["hidden_size"] % (4 * shape["num_heads"]) != 0,
         f"sit.hidden_size={shape['hidden_size']} must be a multiple of "
@@ -323,11 +361,14 @@ def _faults(c: Config):
         "vae.weights=null with vae.train=false would train on the latents of random weights: "
         "set vae.weights, or vae.train=true",
     )
-    yield (
-        c.preview.every > 0 and c.preview.cfg_scale != 1 and c.sit.class_dropout_prob == 0,
-        f"preview.cfg_scale={c.preview.cfg_scale} needs a null label, and "
-        "sit.class_dropout_prob=0 builds none: set preview.cfg_scale=1",
-    )
+    for name, part in (("preview", c.preview), ("eval", c.eval)):
+        least = 2 if part.solver == "sde" else 1
+        yield part.steps < least, f"{name}.steps={part.steps} must be at least {least}"
+        yield (
+            part.every > 0 and part.cfg_scale != 1 and c.sit.class_dropout_prob == 0,
+            f"{name}.cfg_scale={part.cfg_scale} needs a null label, and "
+            f"sit.class_dropout_prob=0 builds none: set {name}.cfg_scale=1",
+        )
     yield (
         c.disc.norm == "group" and c.disc.channels % 8 != 0,
         f"disc.norm=group makes groups of 8 channels, and disc.channels={c.disc.channels} is no "
@@ -339,6 +380,8 @@ def _faults(c: Config):
         not set(c.run.trackers) <= {"tensorboard", "wandb"},
         f"run.trackers={c.run.trackers}: choose from tensorboard, wandb",
     )
+    absent = [name for name in c.run.trackers if find_spec(name) is None]
+    yield absent, f"run.trackers: {', '.join(absent)} is not installed: pip install it"
 
 
 def per_rank_batch(config: Config, ranks: int) -> int:

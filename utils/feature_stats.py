@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather, reduce
 
 from models.errors import UserError
+from utils.distributed import join
 from utils.features import FeatureNet
 from utils.image_sets import ImageSet, read_ahead
 from utils.metrics import Moments, centred_factor, factor, frechet_distance, frechet_from_factors
@@ -25,7 +25,7 @@ class Ranks:
     """The processes of an evaluation. `distributed=False`: this one alone, however launched."""
 
     def __init__(self, distributed: bool = True, device: torch.device | str | None = None):
-        state = PartialState() if distributed else None
+        state = join() if distributed else None
         self.rank = state.process_index if state else 0
         self.world = state.num_processes if state else 1
         default = "cuda" if torch.cuda.is_available() else "cpu"

@@ -96,15 +96,19 @@ def pm1_to_01(x_pm1: torch.Tensor) -> torch.Tensor:
     return (x_pm1 + 1) / 2
 
 
-def save_grid(path: str | Path, x_u8: torch.Tensor, columns: int, scale: int = 1) -> None:
-    """Write (N, 3, H, W) uint8 images as one PNG, row by row, each pixel `scale` times enlarged."""
+def save_grid(
+    path: str | Path, x_u8: torch.Tensor, columns: int, scale: int = 1, gap: int = 1
+) -> None:
+    """Write (N, 3, H, W) uint8 images as one PNG, row by row, `gap` grey pixels after each; then
+    every pixel is enlarged `scale` times."""
     assert x_u8.dtype == torch.uint8 and x_u8.shape[1] == 3, (x_u8.dtype, x_u8.shape)
     n, c, h, w = x_u8.shape
     rows = -(-n // columns)
-    cells = torch.full((rows * columns, c, h, w), 255, dtype=torch.uint8)  # missing ones are white
-    cells[:n] = x_u8.cpu()
-    cells = cells.view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2)
-    picture = Image.fromarray(cells.reshape(rows * h, columns * w, c).numpy())
+    cells = torch.full((rows * columns, c, h + gap, w + gap), 128, dtype=torch.uint8)
+    cells[:n, :, :h, :w] = x_u8.cpu()
+    cells[n:, :, :h, :w] = 255  # missing ones are white
+    cells = cells.view(rows, columns, c, h + gap, w + gap).permute(0, 3, 1, 4, 2)
+    picture = Image.fromarray(cells.reshape(rows * (h + gap), columns * (w + gap), c).numpy())
     size = (picture.width * scale, picture.height * scale)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture.resize(size, Image.Resampling.NEAREST).save(path)

@@ -42,7 +42,7 @@ def scalars(record: dict) -> dict[str, float]:
             continue
         head, bracket, label = name.replace(f"@{n}", "").removesuffix("-50K").partition("[")
         flat[f"{head}-{count}{bracket}{label}"] = value
-        if "times_floor" in record["details"].get(name, {}):
+        if record["details"].get(name, {}).get("times_floor") is not None:
             flat[f"{head}-{count}{bracket}{label}/floor"] = record["details"][name]["times_floor"]
     return flat
 

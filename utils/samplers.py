@@ -170,4 +170,7 @@ def draw_like(x: torch.Tensor, generator: Generators) -> torch.Tensor:
     rows = [
         torch.randn(x.shape[1:], dtype=x.dtype, generator=g, device=g.device) for g in generator
     ]
-    return torch.stack(rows).to(x.device)
+    noise = torch.stack(rows)
+    if x.is_cuda and not noise.is_cuda:  # a pageable copy would wait for the GPU to run dry
+        noise = noise.pin_memory()
+    return noise.to(x.device, non_blocking=True)

@@ -54,10 +54,11 @@ class Tracker:
         self.bad_step = torch.minimum(self.bad_step, here.double())
         self.count += 1
 
-    def flush(self, step: int) -> dict[str, float]:
+    def flush(self, step: int, extra: dict[str, float] | None = None) -> dict[str, float]:
         """Means over ranks and over the steps since the last flush; `step` steps are done.
 
-        Raises `NonFiniteError` on every rank if a guarded metric of any rank was not finite.
+        `extra` goes into the same line. Raises `NonFiniteError` on every rank if a guarded
+        metric of any rank was not finite.
         """
         if not self.count:
             return {}
@@ -66,9 +67,15 @@ class Tracker:
         row = dict(zip(self.names, means))
         seconds = time.perf_counter() - self.since
         row["images_per_second"] = self.count * self.batch_size / seconds
-        self._write(step, row)
+        row |= extra or {}
+        self.write(step, row)
         self._clear()
         return row
+
+    def restart_clock(self) -> None:
+        """Leave what was done since the last flush (pictures, checkpoints) out of images/s."""
+        if not self.count:
+            self.since = time.perf_counter()
 
     def _reduce(self) -> tuple[list[float], list[float]]:
         packed = torch.stack([self.sums / self.count, self.bad_step])
@@ -81,7 +88,8 @@ class Tracker:
         if first < math.inf:
             raise NonFiniteError(f"{term} is not finite at step {int(first)}")
 
-    def _write(self, step: int, row: dict[str, float]) -> None:
+    def write(self, step: int, row: dict[str, float]) -> None:
+        """One line under `step` steps done, on the main process."""
         if not self.accelerator.is_main_process:
             return
         with self.path.open("a") as file:

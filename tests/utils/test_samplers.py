@@ -294,13 +294,15 @@ class Jump(torch.nn.Module):
         return (y != CLASSES).to(x.dtype).view(-1, 1, 1, 1).expand_as(x), []
 
 
-def test_ab2_starts_again_where_guidance_sets_in_and_ends():
-    """The guided field is 3 inside [0.25, 0.65] and 1 outside: piecewise constant, so that a solver
+@pytest.mark.parametrize(
+    ("interval", "guided"), [((0.0, 0.65), 6), ((0.25, 1.0), 8), ((0.25, 0.65), 4)]
+)
+def test_ab2_starts_again_where_guidance_sets_in_and_ends(interval, guided):
+    """The guided field is 3 inside the interval and 1 outside: piecewise constant, so that a solver
     which never mixes the two is exact, and one that does is not."""
     zero, y = torch.zeros(1, 4, 8, 8), torch.zeros(1).long()
-    x = sample(Jump(), zero, y, solver="ode-ab2", steps=10, cfg_scale=3.0, guidance=(0.25, 0.65))
-    # steps from t = 0.6, 0.5, 0.4 and 0.3 are guided
-    torch.testing.assert_close(x, torch.full_like(x, -(6 * 0.1 * 1 + 4 * 0.1 * 3)))
+    x = sample(Jump(), zero, y, solver="ode-ab2", steps=10, cfg_scale=3.0, guidance=interval)
+    torch.testing.assert_close(x, torch.full_like(x, -(guided * 0.3 + (10 - guided) * 0.1)))
 
 
 def test_ab2_is_the_textbook_two_step_formula_inside(sit, start):

@@ -1,0 +1,131 @@
+"""train_repae.py as a user runs it: pictures, numbers, evaluation on the way, one-line errors.
+
+python -m pytest tests/test_train.py
+"""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from models.sit import SiT
+from models.vae import load_vae
+from tests.tiny import run_script, train, train_here
+from utils.tracking import read_metrics
+
+EVALUATION = ("eval.every=2", "eval.num=24", "eval.features=pixel", "eval.steps=3")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run with everything on."""
+    out = tmp_path_factory.mktemp("train")
+    extra = ("preview.every=2", "preview.num=8", "preview.steps=2", "run.trackers=[tensorboard]")
+    done = train(out, *extra, *EVALUATION)
+    assert done.returncode == 0, done.stderr
+    return out / "tiny"
+
+
+def test_pictures_and_curves_are_left(run):
+    """Samples 8 wide; reconstructions in two pairs of rows; tensorboard's events."""
+    for step in ("0000002", "0000004"):
+        samples = Image.open(run / "samples" / f"{step}.png")
+        assert samples.size == (8 * 17 * 4, 17 * 4)
+        pairs = Image.open(run / "samples" / f"{step}-reconstructions.png")
+        assert pairs.size == (8 * 17 * 4, 4 * 17 * 4)
+    assert list((run / "tensorboard").rglob("events.*"))
+
+
+def test_every_term_is_logged_with_its_name(run):
+    row = read_metrics(run / "metrics.jsonl")[0]
+    expected = {f"loss/vae/{term}" for term in ("pixel", "kl", "gan", "align")}
+    expected |= {"loss/disc/hinge", "loss/sit/diffusion", "loss/sit/align"}
+    expected |= {f"grad_norm/{net}" for net in ("vae", "disc", "sit")}
+    assert expected <= set(row) and row["images_per_second"] > 0
+
+
+def test_evaluation_on_the_way_is_named_by_its_size_and_network(run):
+    """The same code as evaluate_fid.py, on the EMA weights; 24 images are never called FID."""
+    rows = [r for r in read_metrics(run / "metrics.jsonl") if any("eval/" in k for k in r)]
+    assert [row["step"] for row in rows] == [2, 4]
+    names = [k for k in rows[0] if k.startswith("eval/")]
+    assert "eval/FD-24[pixel12]" in names and not any("FID" in name for name in names)
+
+
+def test_channels_last_saves_and_resumes(tmp_path, capsys):
+    """Its weights are not contiguous, which safetensors refuses to write as they are."""
+    for steps in ("run.steps=2", "run.steps=4"):
+        assert train_here(tmp_path, "run.channels_last=true", steps) == 0
+    assert train_here(tmp_path, "run.channels_last=true") == 0
+    assert "step 4 of 4 is done" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_compiled_run_agrees_with_an_eager_one(tmp_path):
+    """Through inductor on the CPU; two steps, losses to 1 %."""
+    rows = []
+    for switch in ("false", "true"):
+        done = train(tmp_path / switch, f"run.compile={switch}", "run.steps=2")
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows.append(read_metrics(tmp_path / switch / "tiny" / "metrics.jsonl")[-1])
+    for name in (k for k in rows[0] if k.startswith("loss/")):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=0.01, abs=1e-3), name
+
+
+@pytest.mark.slow
+def test_two_ranks_evaluate_as_one(run, tmp_path):
+    """The samples depend on their index alone; the weights differ by the ranks' own draws, so the
+    learning rates are 0."""
+    still = [f"{net}.optim.lr=0" for net in ("vae", "sit", "disc")]
+    values = []
+    for ranks in (1, 2):
+        done = train(tmp_path / str(ranks), *EVALUATION, "ema.decay=0.999999", *still, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = read_metrics(tmp_path / str(ranks) / "tiny" / "metrics.jsonl")
+        values.append(next(r["eval/FD-24[pixel12]"] for r in rows if "eval/FD-24[pixel12]" in r))
+    assert values[1] == pytest.approx(values[0], rel=1e-3)
+
+
+def test_diffusers_reads_the_vae_and_reconstructs_as_we_do(run):
+    folder = run / "checkpoints" / "0000004" / "vae"
+    net, ours = AutoencoderKL.from_pretrained(folder), load_vae(str(folder.parent))
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(net(x).sample, ours.decode(ours.encode(x).mean))
+    assert len(net.config.latents_mean) == 4
+
+
+def test_a_checkpoint_samples_and_evaluates(run, tmp_path):
+    """sample_ddp.py, then evaluate_fid.py, on what training left."""
+    out = tmp_path / "s.npz"
+    checkpoint = run / "checkpoints" / "0000004"
+    flags = "--num-samples 20 --class-balanced --solver ode-ab2 --steps 2 --precision fp32"
+    done = run_script("sample_ddp.py", "--checkpoint", checkpoint, "--out", out, *flags.split())
+    assert done.returncode == 0, done.stderr
+    assert np.load(out)["arr_0"].shape == (20, 16, 16, 3)
+    flags = f"--samples {out} --reference digits:test@16 --features pixel --metrics fid"
+    done = run_script("evaluate_fid.py", *flags.split(), "--cache", "none")
+    assert done.returncode == 0 and "FD[pixel12]" in done.stdout, done.stderr
+    assert SiT.from_pretrained(checkpoint / "sit_ema").config.num_classes == 10
+
+
+MISTAKES = {
+    "run.stepz=1": "Did you mean: 'steps'",
+    "data.num_classes=7": "data.num_classes=7, but the data has 10",
+    "data.source=packed": "needs data.path",
+    "loss.reg.lpips=1": "LPIPS needs VGG-16 weights",
+    "encoder.weights=[absent.pth]": "no such file",
+    "disc.weights=README.md": "README.md",
+    "vae.weights=absent": "no such file or folder",
+    "eval.every=2": "eval.features, eval.weights",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(override, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no VGG in its cache
+    assert train_here(tmp_path, override) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and MISTAKES[override] in errors[0]
+    assert not (tmp_path / "tiny" / "checkpoints").exists()
