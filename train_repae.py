@@ -11,7 +11,7 @@ v velocity, y label, feats frozen-encoder tokens (N, T, D_enc), h SiT tokens, pr
 
 import argparse
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
@@ -23,7 +23,7 @@ from loss.interpolant import interpolate
 from models.errors import UserError
 from utils import cli, distributed, tracking
 from utils.build import Nets, build_nets, describe, save_nets
-from utils.checkpoint import Checkpoints, find_start, write_atomically
+from utils.checkpoint import Checkpoints, find_start
 from utils.config import Config, load_config, per_rank_batch, to_yaml
 from utils.data import StepSampler, make_loader, open_source
 from utils.draws import Draws, draw
@@ -280,12 +280,12 @@ def train(config: Config, accelerator: distributed.Accelerator) -> None:
         accelerator.print(f"step {first} of {run.steps} is done; raise run.steps to go on")
         return
     nets = build_nets(config, source, accelerator, checkpoint)
-    tracker = start_logging(config, accelerator, first)
+    tracker = tracking.start(config, accelerator, first)
     after = After(config, source, accelerator, checkpoints, tracker)
     latent_shape = nets.vae.latent_shape(config.data.resolution)
     shape = (per_rank_batch(config, ranks), *latent_shape)
     stop = distributed.StopSignal(accelerator)
-    bar = progress_bar(first, run.steps, accelerator)
+    bar = tracking.progress_bar(first, run.steps, accelerator)
 
     for step, (x_u8, y) in enumerate(open_loader(config, source, accelerator, first), start=first):
         x = u8_to_pm1(x_u8.to(accelerator.device, non_blocking=True))
@@ -330,7 +330,7 @@ class After:
         run = self.config.run
         saving = last or done % run.save_every == 0
         if saving or done % run.log_every == 0:
-            show(bar, self.tracker.flush(done, extra=loss_scales(nets)))
+            tracking.show(bar, self.tracker.flush(done, extra=loss_scales(nets)))
         if saving:
             self.save(nets, done)
         if self.previewer.is_due(done, last):
@@ -357,45 +357,6 @@ def loss_scales(nets: Nets) -> dict[str, float]:
     """fp16 only: the loss scale of each network."""
     learners = nets.learn.items()
     return {f"loss_scale/{n}": v.scaler.get_scale() for n, v in learners if v.scaler.is_enabled()}
-
-
-def start_logging(config: Config, accelerator, first: int) -> tracking.Tracker:
-    """Record the config (an earlier, different one is kept beside it) and open the trackers."""
-    guarded = ("loss/",) if config.run.precision == "fp16" else ("loss/", "grad_norm/")
-    tracker = tracking.Tracker(accelerator, config.run_dir, config.run.batch_size, guarded)
-    if accelerator.is_main_process:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        path, text = config.run_dir / "config.yaml", to_yaml(config)
-        if path.is_file() and path.read_text() != text:
-            accelerator.print(
-                f"the config has changed: the old one is kept as config.{first:07d}.yaml"
-            )
-            path.rename(path.with_name(f"config.{first:07d}.yaml"))
-        write_atomically(path, text)
-    tracker.rewind(first)
-    if config.run.trackers:
-        flat = {
-            f"{section}.{name}": str(value)
-            for section, fields_ in asdict(config).items()
-            for name, value in fields_.items()
-        }
-        accelerator.init_trackers("repa-e", flat, {"wandb": {"name": config.run.name}})
-    return tracker
-
-
-def progress_bar(first: int, steps: int, accelerator) -> tqdm:
-    """Steps, steps/s and the time left; rare updates where the output is a log file."""
-    interval = 0.5 if sys.stderr.isatty() else 15
-    hidden = not accelerator.is_main_process
-    return tqdm(initial=first, total=steps, disable=hidden, mininterval=interval, unit="step")
-
-
-def show(bar: tqdm, row: dict[str, float]) -> None:
-    """Throughput and the SiT's losses beside the progress bar."""
-    if not row:
-        return
-    short = {k.rsplit("/", 1)[1]: f"{v:.3f}" for k, v in row.items() if k.startswith("loss/sit/")}
-    bar.set_postfix({"images/s": f"{row['images_per_second']:.1f}"} | short, refresh=False)
 
 
 if __name__ == "__main__":

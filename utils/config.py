@@ -302,39 +302,80 @@ AT_LEAST_ONE = (
 
 def check(c: Config) -> None:
     """Raise `UserError` for the first combination that cannot train, whatever the data."""
-    for wrong, message in _faults(c):
-        if wrong:
-            raise UserError(message)
+    for faults in (_value_faults, _network_faults, _loss_faults):
+        for wrong, message in faults(c):
+            if wrong:
+                raise UserError(message)
 
 
-def _faults(c: Config):
-    """(is it so?, what to say) for everything that the fields alone can tell."""
-    align, reg, enc = c.loss.align, c.loss.reg, c.encoder
-    yield c.sit.size not in SIZES, f"sit.size={c.sit.size}: choose one of {', '.join(SIZES)}"
+def _value_faults(c: Config):
+    """(is it so?, what to say) of single values."""
+    for name in AT_LEAST_ONE:
+        section, key = name.split(".")
+        value = getattr(getattr(c, section), key)
+        yield value < 1, f"{name}={value} must be at least 1"
+    for name, part in (("preview", c.preview), ("eval", c.eval)):
+        least = 2 if part.solver == "sde" else 1
+        yield part.steps < least, f"{name}.steps={part.steps} must be at least {least}"
+    yield c.data.workers < 0, f"data.workers={c.data.workers} must not be negative"
+    yield not 0 <= c.ema.decay < 1, f"ema.decay={c.ema.decay} must lie in [0, 1)"
+    known = {"fid", "sfid", "is", "precision", "recall"}
+    unknown = set(c.eval.metrics) - known
+    yield unknown, f"eval.metrics: {', '.join(unknown)} unknown, choose from {', '.join(known)}"
+    yield (
+        not set(c.run.trackers) <= {"tensorboard", "wandb"},
+        f"run.trackers={c.run.trackers}: choose from tensorboard, wandb",
+    )
+    absent = [name for name in c.run.trackers if find_spec(name) is None]
+    yield absent, f"run.trackers: {', '.join(absent)} is not installed: pip install it"
     origin = c.run.init_from
     yield (
         origin is not None and not (Path(origin) / "sit" / "config.json").is_file(),
         f"run.init_from={origin} is no checkpoint folder: it has no sit/config.json",
     )
-    for name in AT_LEAST_ONE:
-        section, key = name.split(".")
-        value = getattr(getattr(c, section), key)
-        yield value < 1, f"{name}={value} must be at least 1"
+
+
+def _network_faults(c: Config):
+    """The same of SiT, VAE, discriminator and encoders."""
+    yield c.sit.size not in SIZES, f"sit.size={c.sit.size}: choose one of {', '.join(SIZES)}"
     shape = c.sit_shape()
     yield min(shape.values()) < 1, f"sit: {shape} must all be at least 1"
-    yield c.data.workers < 0, f"data.workers={c.data.workers} must not be negative"
-    drop = c.sit.class_dropout_prob
-    yield not 0 <= drop < 1, f"sit.class_dropout_prob={drop} must lie in [0, 1)"
-    known = {"fid", "sfid", "is", "precision", "recall"}
-    unknown = set(c.eval.metrics) - known
-    yield unknown, f"eval.metrics: {', '.join(unknown)} unknown, choose from {', '.join(known)}"
     yield (
         shape["hidden_size"] % (4 * shape["num_heads"]) != 0,
         f"sit.hidden_size={shape['hidden_size']} must be a multiple of "
         f"4 x sit.num_heads={shape['num_heads']}: change one",
     )
+    drop = c.sit.class_dropout_prob
+    yield not 0 <= drop < 1, f"sit.class_dropout_prob={drop} must lie in [0, 1)"
+    for name, part in (("preview", c.preview), ("eval", c.eval)):
+        yield (
+            part.every > 0 and part.cfg_scale != 1 and drop == 0,
+            f"{name}.cfg_scale={part.cfg_scale} needs a null label, and "
+            f"sit.class_dropout_prob=0 builds none: set {name}.cfg_scale=1",
+        )
     yield (
-        align.sit > 0 and not enc.names,
+        c.vae.weights is None and not c.vae.train,
+        "vae.weights=null with vae.train=false would train on the latents of random weights: "
+        "set vae.weights, or vae.train=true",
+    )
+    yield (
+        c.disc.norm == "group" and c.disc.channels % 8 != 0,
+        f"disc.norm=group makes groups of 8 channels, and disc.channels={c.disc.channels} is no "
+        "multiple of 8: change one",
+    )
+    enc = c.encoder
+    yield (
+        len(enc.weights) not in (0, len(enc.names)),
+        f"encoder.weights has {len(enc.weights)} entries for {len(enc.names)} encoder.names: "
+        "give one (or null) for each, or []",
+    )
+
+
+def _loss_faults(c: Config):
+    """The same of the losses and of what they need."""
+    align, depth = c.loss.align, c.sit_shape()["depth"]
+    yield (
+        align.sit > 0 and not c.encoder.names,
         f"loss.align.sit={align.sit} needs an encoder: name one in encoder.names, or set "
         "loss.align.sit=0 loss.align.vae=0",
     )
@@ -344,44 +385,15 @@ def _faults(c: Config):
         "set loss.align.vae=0 too, or vae.train=false",
     )
     yield (
-        c.uses_encoder and not 1 <= align.depth <= shape["depth"],
-        f"loss.align.depth={align.depth} must lie in 1..{shape['depth']}, the blocks of the SiT",
-    )
-    yield (
-        len(enc.weights) not in (0, len(enc.names)),
-        f"encoder.weights has {len(enc.weights)} entries for {len(enc.names)} encoder.names: "
-        "give one (or null) for each, or []",
+        c.uses_encoder and not 1 <= align.depth <= depth,
+        f"loss.align.depth={align.depth} must lie in 1..{depth}, the blocks of the SiT",
     )
     yield (
         c.loss.diffusion.to_vae and not c.vae.train,
         "loss.diffusion.to_vae=true needs a VAE that trains: set vae.train=true",
     )
-    yield (
-        c.vae.weights is None and not c.vae.train,
-        "vae.weights=null with vae.train=false would train on the latents of random weights: "
-        "set vae.weights, or vae.train=true",
-    )
-    for name, part in (("preview", c.preview), ("eval", c.eval)):
-        least = 2 if part.solver == "sde" else 1
-        yield part.steps < least, f"{name}.steps={part.steps} must be at least {least}"
-        yield (
-            part.every > 0 and part.cfg_scale != 1 and c.sit.class_dropout_prob == 0,
-            f"{name}.cfg_scale={part.cfg_scale} needs a null label, and "
-            f"sit.class_dropout_prob=0 builds none: set {name}.cfg_scale=1",
-        )
-    yield (
-        c.disc.norm == "group" and c.disc.channels % 8 != 0,
-        f"disc.norm=group makes groups of 8 channels, and disc.channels={c.disc.channels} is no "
-        "multiple of 8: change one",
-    )
-    yield reg.gan_start < 0, f"loss.reg.gan_start={reg.gan_start} must not be negative"
-    yield not 0 <= c.ema.decay < 1, f"ema.decay={c.ema.decay} must lie in [0, 1)"
-    yield (
-        not set(c.run.trackers) <= {"tensorboard", "wandb"},
-        f"run.trackers={c.run.trackers}: choose from tensorboard, wandb",
-    )
-    absent = [name for name in c.run.trackers if find_spec(name) is None]
-    yield absent, f"run.trackers: {', '.join(absent)} is not installed: pip install it"
+    start = c.loss.reg.gan_start
+    yield start < 0, f"loss.reg.gan_start={start} must not be negative"
 
 
 def per_rank_batch(config: Config, ranks: int) -> int:

@@ -5,13 +5,17 @@
 
 import json
 import math
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from utils.checkpoint import write_atomically
+from utils.config import Config, to_yaml
 
 
 class NonFiniteError(RuntimeError):
@@ -120,3 +124,45 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """All whole lines of a metrics.jsonl."""
     lines = Path(path).read_text().splitlines()
     return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
+
+
+def start(config: Config, accelerator: Accelerator, first: int) -> Tracker:
+    """Record the config (an earlier, different one is kept beside it) and open the trackers."""
+    guarded = ("loss/",) if config.run.precision == "fp16" else ("loss/", "grad_norm/")
+    tracker = Tracker(accelerator, config.run_dir, config.run.batch_size, guarded)
+    if accelerator.is_main_process:
+        _record(config, first)
+    tracker.rewind(first)
+    if config.run.trackers:
+        flat = {
+            f"{section}.{name}": str(value)
+            for section, fields_ in asdict(config).items()
+            for name, value in fields_.items()
+        }
+        accelerator.init_trackers("repa-e", flat, {"wandb": {"name": config.run.name}})
+    return tracker
+
+
+def _record(config: Config, first: int) -> None:
+    """Write config.yaml; one that differs is kept under the step it was good for."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    path, text = config.run_dir / "config.yaml", to_yaml(config)
+    if path.is_file() and path.read_text() != text:
+        old = path.rename(path.with_name(f"config.{first:07d}.yaml"))
+        print(f"the config has changed: the old one is kept as {old.name}")
+    write_atomically(path, text)
+
+
+def progress_bar(first: int, steps: int, accelerator: Accelerator) -> tqdm:
+    """Steps, steps/s and the time left; rare updates where the output is a log file."""
+    interval = 0.5 if sys.stderr.isatty() else 15
+    hidden = not accelerator.is_main_process
+    return tqdm(initial=first, total=steps, disable=hidden, mininterval=interval, unit="step")
+
+
+def show(bar: tqdm, row: dict[str, float]) -> None:
+    """Throughput and the SiT's losses beside the progress bar."""
+    if not row:
+        return
+    short = {k.rsplit("/", 1)[1]: f"{v:.3f}" for k, v in row.items() if k.startswith("loss/sit/")}
+    bar.set_postfix({"images/s": f"{row['images_per_second']:.1f}"} | short, refresh=False)
