@@ -336,7 +336,7 @@ def _value_faults(c: Config):
 
 
 def _network_faults(c: Config):
-    """The same of SiT, VAE, discriminator and encoders."""
+    """The same of SiT, VAE and discriminator."""
     yield c.sit.size not in SIZES, f"sit.size={c.sit.size}: choose one of {', '.join(SIZES)}"
     shape = c.sit_shape()
     yield min(shape.values()) < 1, f"sit: {shape} must all be at least 1"
@@ -363,21 +363,20 @@ def _network_faults(c: Config):
         f"disc.norm=group makes groups of 8 channels, and disc.channels={c.disc.channels} is no "
         "multiple of 8: change one",
     )
-    enc = c.encoder
+
+
+def _loss_faults(c: Config):
+    """The same of the losses and of the encoders they need."""
+    align, enc, depth = c.loss.align, c.encoder, c.sit_shape()["depth"]
+    yield (
+        align.sit > 0 and not enc.names,
+        f"loss.align.sit={align.sit} needs an encoder: name one in encoder.names, or set "
+        "loss.align.sit=0 loss.align.vae=0",
+    )
     yield (
         len(enc.weights) not in (0, len(enc.names)),
         f"encoder.weights has {len(enc.weights)} entries for {len(enc.names)} encoder.names: "
         "give one (or null) for each, or []",
-    )
-
-
-def _loss_faults(c: Config):
-    """The same of the losses and of what they need."""
-    align, depth = c.loss.align, c.sit_shape()["depth"]
-    yield (
-        align.sit > 0 and not c.encoder.names,
-        f"loss.align.sit={align.sit} needs an encoder: name one in encoder.names, or set "
-        "loss.align.sit=0 loss.align.vae=0",
     )
     yield (
         align.sit == 0 and align.vae > 0 and c.vae.train,
