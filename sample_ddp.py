@@ -25,7 +25,7 @@ from models.errors import UserError
 from models.sit import SiT
 from models.vae import VAE, build_vae, load_vae
 from utils import cli, distributed
-from utils.checkpoint import STATE, sha256, versions, write_atomically
+from utils.checkpoint import STATE, sha256_file, versions, write_atomically
 from utils.generate import Sampling, draw_images, draw_labels
 from utils.images import save_grid
 from utils.learner import DTYPES
@@ -150,7 +150,7 @@ def read_config(checkpoint: Path, name: str) -> dict:
 def hash_weights(checkpoint: Path, sealed: dict) -> dict[str, str]:
     """sha256 of each file that is loaded; `UserError` where state.json knows another."""
     files = sorted(p for name in ("sit_ema", "vae") for p in (checkpoint / name).iterdir())
-    hashes = {str(p.relative_to(checkpoint)): sha256(p) for p in files if p.is_file()}
+    hashes = {str(p.relative_to(checkpoint)): sha256_file(p) for p in files if p.is_file()}
     for name, digest in hashes.items():
         if sealed.get(name, digest) != digest:
             raise UserError(

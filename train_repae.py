@@ -154,7 +154,7 @@ def discriminator_phase(nets: Nets, parts: list[Part], config: Config, step: int
             disc.backward(total.add(terms))
             total.note(logits_real=real.mean(), logits_fake=fake.mean())
     if nets.lecam:
-        logits = torch.stack([total.means["logits_real"], total.means["logits_fake"]])
+        logits = torch.stack([total.notes["logits_real"], total.notes["logits_fake"]])
         nets.lecam.update(*disc.accelerator.reduce(logits, "mean"))
     return total.metrics("disc") | {"grad_norm/disc": disc.step(step)}
 
@@ -189,24 +189,25 @@ class Sums:
     """The terms of one phase, averaged over its micro-batches."""
 
     def __init__(self, parts: int):
-        self.parts, self.means = parts, {}
+        self.parts, self.losses, self.notes = parts, {}, {}
 
     def add(self, terms: dict[str, tuple[float, torch.Tensor]]) -> torch.Tensor:
         """{name: (weight, value)} of one micro-batch => its share of the loss to differentiate."""
-        self.note(**{name: value for name, (_, value) in terms.items()})
+        self._average(self.losses, {name: value for name, (_, value) in terms.items()})
         return sum(weight * value for weight, value in terms.values()) / self.parts
 
     def note(self, **values: torch.Tensor) -> None:
-        """Average values that are not part of the loss."""
+        """Average values that are logged, but are no loss."""
+        self._average(self.notes, values)
+
+    def _average(self, means: dict, values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():
-            self.means[name] = self.means.get(name, 0.0) + value.detach() / self.parts
+            means[name] = means.get(name, 0.0) + value.detach() / self.parts
 
     def metrics(self, phase: str) -> dict[str, torch.Tensor]:
         """The unweighted means."""
-        return {
-            f"{'' if name.startswith('logits') else 'loss/'}{phase}/{name}": mean
-            for name, mean in self.means.items()
-        }
+        losses = {f"loss/{phase}/{name}": mean for name, mean in self.losses.items()}
+        return losses | {f"{phase}/{name}": mean for name, mean in self.notes.items()}
 
 
 # --------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("checkpoint", type=Path, help="exps/NAME/checkpoints/0400000, or a diffusers folder")
     add("out", type=Path, metavar="OUT", help="folder to write; must not exist, or be empty")

@@ -31,7 +31,7 @@ from models.errors import UserError
 from models.sit import SiT
 from models.vae import VAE, load_vae
 from utils import cli, official
-from utils.checkpoint import Checkpoints, sha256
+from utils.checkpoint import Checkpoints, sha256_file
 
 STATS_REMEDY = (
     "give --stats NAME-latents-stats.pt, or --scaling-factor (0.18215 for SiT and DiT releases)"
@@ -54,7 +54,7 @@ def main() -> None:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"{args.out} exists and is not empty: choose another OUT_DIR, or delete it")
     published = official.read_published(args.checkpoint)
-    notes = {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)}
+    notes = {"file": args.checkpoint.name, "sha256": sha256_file(args.checkpoint)}
     notes |= {"args": published.args}
     parts = assemble(args, published, notes)
     state = {"imported": True, "optimizer_state": None, "source": notes}
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("checkpoint", type=Path, help="published .pt (or .safetensors)")
     add("out", type=Path, metavar="OUT_DIR", help="checkpoint directory to write")

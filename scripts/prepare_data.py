@@ -33,6 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import UserError
+from utils.checkpoint import write_atomically
 from utils.cli import Parser, run
 from utils.data import open_source
 from utils.images import CROP_VERSION, UnreadableImageError
@@ -296,12 +297,12 @@ def finish(out: Path, shards: list[Shard], source: Listed, plan: dict) -> str:
     records = [json.loads(shard.record.read_text(encoding="utf-8")) for shard in shards]
     keys = [key for record in records for key in record["keys"]]
     skipped = [f"{key}\t{reason}" for record in records for key, reason in record["skipped"]]
-    write_atomic(out / "skipped.txt", _lines(skipped))
+    write_atomically(out / "skipped.txt", _lines(skipped))
     if not keys:
         raise UserError(f"none of the {len(source)} images is readable; see {out / 'skipped.txt'}")
     labels = np.array([label for record in records for label in record["labels"]], dtype=np.int64)
-    write_atomic(out / "labels.npy", lambda file: np.save(file, labels))
-    write_atomic(out / "keys.txt", _lines(keys))
+    write_atomically(out / "labels.npy", lambda file: np.save(file, labels))
+    write_atomically(out / "keys.txt", _lines(keys))
     lengths = [len(record["keys"]) for record in records]
     counts = {"num_images": len(keys), "num_skipped": len(skipped), "shards": lengths}
     write_json(out / "meta.json", plan | counts | {"classes": source.classes})
@@ -317,20 +318,7 @@ def _lines(lines: list[str]) -> bytes:
 
 
 def write_json(path: Path, value: object) -> None:
-    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_atomic(path: Path, content: bytes | Callable) -> None:
-    """Write to a temporary name, make durable, rename: the file is whole or not there."""
-    temp = path.with_name(path.name + ".tmp")
-    with open(temp, "wb") as file:
-        content(file) if callable(content) else file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temp, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

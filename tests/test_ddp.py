@@ -3,6 +3,8 @@
 python -m pytest tests/test_ddp.py
 """
 
+import json
+
 import pytest
 import torch
 
@@ -58,6 +60,8 @@ def test_the_script_on_two_ranks_logs_saves_and_resumes(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "tiny"
     assert find_fault(run / "checkpoints" / "0000002") is None
+    state = json.loads((run / "checkpoints" / "0000002" / "state.json").read_text())
+    assert state["ranks"] == 2
     assert (run / "samples" / "0000002.png").is_file()
     (row,) = read_metrics(run / "metrics.jsonl")
     assert row["step"] == 2 and row["images_per_second"] > 0

@@ -3,6 +3,8 @@
 python -m pytest tests/test_train.py
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -74,7 +76,7 @@ def test_a_compiled_run_agrees_with_an_eager_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_evaluate_as_one(run, tmp_path):
+def test_two_ranks_evaluate_as_one(tmp_path):
     """The samples depend on their index alone; the weights differ by the ranks' own draws, so the
     learning rates are 0."""
     still = [f"{net}.optim.lr=0" for net in ("vae", "sit", "disc")]
@@ -82,7 +84,10 @@ def test_two_ranks_evaluate_as_one(run, tmp_path):
     for ranks in (1, 2):
         done = train(tmp_path / str(ranks), *EVALUATION, "ema.decay=0.999999", *still, ranks=ranks)
         assert done.returncode == 0, done.stderr[-2000:]
-        rows = read_metrics(tmp_path / str(ranks) / "tiny" / "metrics.jsonl")
+        run = tmp_path / str(ranks) / "tiny"
+        state = json.loads((run / "checkpoints" / "0000004" / "state.json").read_text())
+        assert state["ranks"] == ranks
+        rows = read_metrics(run / "metrics.jsonl")
         values.append(next(r["eval/FD-24[pixel12]"] for r in rows if "eval/FD-24[pixel12]" in r))
     assert values[1] == pytest.approx(values[0], rel=1e-3)
 

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -37,7 +38,7 @@ class Checkpoints:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         write(draft)
-        files = {str(p.relative_to(draft)): sha256(p) for p in _files(draft)}
+        files = {str(p.relative_to(draft)): sha256_file(p) for p in _files(draft)}
         sealed = {"step": step} | state | {"versions": versions(), "files": files}
         (draft / STATE).write_text(json.dumps(sealed, indent=1) + "\n")
         _sync_tree(draft)
@@ -126,12 +127,12 @@ def find_fault(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if sha256(path) != digest:
+        if sha256_file(path) != digest:
             return f"{name} is damaged"
     return None
 
 
-def sha256(path: Path) -> str:
+def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -164,12 +165,18 @@ def git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file; a kill leaves the old one or the new one."""
+def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
+    """Replace a file by text, bytes, or what `content(file)` writes; a kill leaves the old one or
+    the new one, and so does a power cut."""
     draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text)
+    with draft.open("wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
     _sync(draft)
     draft.rename(path)
+    _sync(path.parent)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from PIL import Image
 from models.errors import UserError
 from utils.data import SOURCES, Source, open_source
 from utils.npz_images import ArrayImages, check_array, hash_pixels, open_array_file, readable
-from utils.sources import IMAGE_EXTENSIONS, PACKED_FORMAT
+from utils.sources import IMAGE_EXTENSIONS, PACKED_FORMAT, natural_key
 
 SYNTAX = (".npz (arr_0), .npy, a folder of images, a packed folder, or SOURCE[:PATH][@RESOLUTION], "
           "e.g. digits:test@16 or folder:DIR@256")  # fmt: skip
@@ -110,7 +110,7 @@ class FolderImages:
         if not names:
             raise UserError(f"no images below {root}: expected {', '.join(IMAGE_EXTENSIONS)}")
         self.root, self.name = root, str(root)
-        self.names = sorted(names, key=_natural)
+        self.names = sorted(names, key=natural_key)
         self.size = _decode(root / self.names[0], None).shape[:2]
 
     def __len__(self) -> int:
@@ -131,11 +131,6 @@ class FolderImages:
     @property
     def lossy(self) -> bool:
         return any(name.lower().endswith((".jpg", ".jpeg", ".webp")) for name in self.names)
-
-
-def _natural(name: str) -> list:
-    """2.png before 10.png."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def _decode(path: Path, size: tuple[int, int] | None) -> np.ndarray:

@@ -158,7 +158,7 @@ class FolderSource:
 def _list_folder(root: Path) -> tuple[list[str], list[list[str]]]:
     """Class names and, for each, its images' sorted paths below root."""
     folders = [e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")]
-    classes = sorted(folders, key=_natural)
+    classes = sorted(folders, key=natural_key)
     per_class = [_images_below(root, name) for name in classes]
     flat = sorted(e.name for e in os.scandir(root) if _is_image(e.name) and not e.is_dir())
     if flat and any(per_class):
@@ -174,7 +174,8 @@ def _list_folder(root: Path) -> tuple[list[str], list[list[str]]]:
     return classes, per_class
 
 
-def _natural(name: str) -> tuple:
+def natural_key(name: str) -> tuple:
+    """Sort key: 2.png before 10.png."""
     parts = re.split(r"([0-9]+)", name)
     return [int(p) if i % 2 else p for i, p in enumerate(parts)], name
 

@@ -3,13 +3,13 @@
 A file is checked before anything in it is unpickled, and never fetched unless asked for.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from models.errors import UserError
+from utils.checkpoint import sha256_file
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,6 @@ PUBLISHED = {
         "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
     ),
 }
-
-
-def sha256_file(path: str | Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def default_weights(family: str) -> Path:

@@ -204,7 +204,10 @@ def test_lpips_equals_the_literal_formula(net, vgg_file):
 
 
 def test_lpips_equals_the_package_own_network(net, vgg_file):
-    theirs, state = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False), torch.load(vgg_file)
+    theirs, state = (
+        lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False),
+        torch.load(vgg_file, weights_only=True),
+    )
     with torch.no_grad():
         for name, p in theirs.net.named_parameters():  # sliceK.INDEX.weight
             p.copy_(state["features." + name.split(".", 1)[1]])

@@ -6,8 +6,6 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from utils.config import Optim
 from utils.learner import Learner, only_training
@@ -16,15 +14,6 @@ from utils.learner import Learner, only_training
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def accelerator():
-    """A CPU one; its state is kept in singletons, which no other test shall see."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def whole_numbers(*shape):

@@ -6,19 +6,8 @@ import time
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from utils.tracking import NonFiniteError, Tracker, read_metrics
-
-
-@pytest.fixture
-def accelerator():
-    """A CPU one; its state is kept in singletons, which no other test shall see."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture
