@@ -11,7 +11,9 @@ v velocity, y label, feats frozen-encoder tokens (N, T, D_enc), h SiT tokens, pr
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -25,10 +27,11 @@ from utils import cli, distributed, tracking
 from utils.build import Nets, build_nets, describe, save_nets
 from utils.checkpoint import Checkpoints, find_start
 from utils.config import Config, load_config, per_rank_batch, to_yaml
-from utils.data import StepSampler, make_loader, open_source
+from utils.data import Source, StepSampler, make_loader, open_source
 from utils.draws import Draws, draw
 from utils.ema import ema_decay, update_ema
 from utils.images import u8_to_pm1
+from utils.latents import CachedSource, LatentCache
 from utils.learner import only_training
 from utils.online_evaluation import OnlineEvaluation
 from utils.preview import Previewer
@@ -44,15 +47,25 @@ class Part:
     x: torch.Tensor  # (N, 3, H, W) in [-1, 1]
     y: torch.Tensor  # (N,) int64
     draws: Draws
+    posterior: torch.Tensor | None = None  # cached (N, 2, C, h, w): mean and std
     feats: list[torch.Tensor] = field(default_factory=list)  # of the frozen encoders
     z: torch.Tensor | None = None  # set by the VAE phase, detached
     x_hat: torch.Tensor | None = None  # set by the VAE phase, detached
 
 
 def train_step(
-    nets: Nets, x: torch.Tensor, y: torch.Tensor, draws: Draws, config: Config, step: int
+    nets: Nets,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    draws: Draws,
+    config: Config,
+    step: int,
+    cached: Sequence[torch.Tensor] = (),
 ) -> dict[str, torch.Tensor]:
     """One optimizer step of every network that trains; returns scalars, still on the device.
+
+    x (N, 3, H, W) in [-1, 1], y (N,); `cached`, if anything: latents (N, F, 2, C, h, w), and tokens
+    (N, F, T, D) for each encoder, both with F copies, the second mirrored.
 
     Which loss may touch which network is the whole idea (tests/test_routing.py checks each cell):
 
@@ -63,9 +76,10 @@ def train_step(
       L_DIFF + align.sit * L_REPA  no   yes       -       the same    z.detach(), batch stats,
                                                                       labels dropped
     """
-    x = torch.where(draws.flip[:, None, None, None], x.flip(-1), x)
-    k = config.run.accumulation
-    parts = [Part(*p) for p in zip(x.chunk(k), y.chunk(k), draws.split(k))]
+    parts = make_parts(x, y, draws, cached, config.run.accumulation)
+    if step < config.disc.alone_steps:
+        return discriminator_alone(nets, parts, config, step)
+    step -= config.disc.alone_steps
     encode_targets(nets, parts, config)
     if config.vae.train:
         metrics = vae_phase(nets, parts, config, step)
@@ -78,13 +92,25 @@ def train_step(
     return metrics
 
 
+def make_parts(x, y, draws: Draws, cached: Sequence[torch.Tensor], k: int) -> list[Part]:
+    """The micro-batches, mirrored where `draws.flip` says so."""
+    x = torch.where(draws.flip[:, None, None, None], x.flip(-1), x)
+    parts = [Part(*p) for p in zip(x.chunk(k), y.chunk(k), draws.split(k))]
+    if cached:
+        rows = torch.arange(len(y), device=y.device)
+        posterior, *feats = (c[rows, draws.flip.long()].float() for c in cached)
+        for part, p, *f in zip(parts, posterior.chunk(k), *(f.chunk(k) for f in feats)):
+            part.posterior, part.feats = p, f
+    return parts
+
+
 @torch.no_grad()
 def encode_targets(nets: Nets, parts: list[Part], config: Config) -> None:
     """What the SiT's tokens are aligned with."""
     alpha = config.loss.align.spatial_norm
     for part in parts:
         with nets.autocast():
-            part.feats = [encoder(part.x) for encoder in nets.encoders]
+            part.feats = part.feats or [encoder(part.x) for encoder in nets.encoders]
         if alpha:
             part.feats = [spatial_normalize(f, alpha) for f in part.feats]
 
@@ -120,7 +146,7 @@ def regularisation_terms(nets: Nets, x, x_hat, posterior, config: Config, step: 
 
 def terms_through_sit(nets: Nets, part: Part, z: torch.Tensor, config: Config) -> dict:
     """What reaches the VAE through the frozen SiT: L_REPA; for naive end-to-end L_DIFF as well."""
-    align = config.loss.align.vae if nets.encoders else 0.0
+    align = config.loss.align.vae if part.feats else 0.0
     naive = config.loss.diffusion.to_vae
     if not (align or naive):
         return {}
@@ -134,12 +160,26 @@ def terms_through_sit(nets: Nets, part: Part, z: torch.Tensor, config: Config) -
 
 @torch.no_grad()
 def frozen_vae_phase(nets: Nets, parts: list[Part]) -> dict[str, torch.Tensor]:
-    """Latents of a VAE that does not train."""
+    """Latents of a VAE that does not train, drawn anew in every step, from the cache if there is
+    one."""
     for part in parts:
-        with nets.autocast():
-            posterior = nets.vae.encode(part.x)
-        part.z = posterior.mean + posterior.std * part.draws.posterior_noise
+        if part.posterior is None:
+            with nets.autocast():
+                posterior = nets.vae.encode(part.x)
+            mean, std = posterior.mean, posterior.std
+        else:
+            mean, std = part.posterior.unbind(1)
+        part.z = mean + std * part.draws.posterior_noise
     return {}
+
+
+def discriminator_alone(nets: Nets, parts: list[Part], config: Config, step: int) -> dict:
+    """The first `disc.alone_steps` steps: a random discriminator learns on the reconstructions of
+    the starting VAE before it teaches that VAE; nothing else moves."""
+    for part in parts:
+        with torch.no_grad(), nets.autocast():
+            _, _, part.x_hat = nets.vae(part.x, part.draws.posterior_noise)
+    return discriminator_phase(nets, parts, config, step)
 
 
 def discriminator_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict:
@@ -174,7 +214,7 @@ def sit_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict[
             with nets.autocast():
                 v_hat, h = sit.ddp(x_t, d.t, drop_labels(part.y, d.drop_label, nets.sit.null_label))
             terms = {"diffusion": (1.0, velocity_loss(v_hat, v))}
-            if nets.encoders:
+            if part.feats:
                 terms["align"] = (config.loss.align.sit, alignment_loss(h, part.feats))
             sit.backward(total.add(terms))
     return total.metrics("sit") | {"grad_norm/sit": sit.step(step)}
@@ -253,11 +293,13 @@ def print_plan(config: Config) -> None:
         print(f"note: {error}")
         source = None
     print(to_yaml(config))
+    if source:
+        join_cache(config, source)
     for name, value in describe(config, source, distributed.launched_ranks()).items():
         print(f"{name:>16}: {value}")
 
 
-def open_training_data(config: Config):
+def open_training_data(config: Config) -> Source:
     """The source that the config names; `UserError` if its classes are not the expected ones."""
     d = config.data
     source = open_source(d.source, d.path, d.resolution, d.split)
@@ -269,11 +311,19 @@ def open_training_data(config: Config):
     return source
 
 
+def join_cache(config: Config, source: Source) -> Source:
+    """The images with their cached latents, if the config names a cache."""
+    if config.data.latents is None:
+        return source
+    return CachedSource(source, LatentCache(Path(config.data.latents)), config)
+
+
 def train(config: Config, accelerator: distributed.Accelerator) -> None:
     """Train until `run.steps`, a signal, or a loss that is not finite."""
     run, rank, ranks = config.run, accelerator.process_index, accelerator.num_processes
     source = open_training_data(config)
     describe(config, source, ranks)  # raises where shapes do not meet, before anything is loaded
+    examples = join_cache(config, source)
     checkpoints = Checkpoints(config.run_dir, run.keep_last, run.milestone_every)
     checkpoint, state = find_start(run.resume, checkpoints, accelerator)
     first = state.get("step", 0)
@@ -281,18 +331,17 @@ def train(config: Config, accelerator: distributed.Accelerator) -> None:
         accelerator.print(f"step {first} of {run.steps} is done; raise run.steps to go on")
         return
     nets = build_nets(config, source, accelerator, checkpoint)
-    tracker = tracking.start(config, accelerator, first)
+    tracker = tracking.start(config, accelerator, first, nets.starting_stats)
     after = After(config, source, accelerator, checkpoints, tracker)
     latent_shape = nets.vae.latent_shape(config.data.resolution)
     shape = (per_rank_batch(config, ranks), *latent_shape)
     stop = distributed.StopSignal(accelerator)
     bar = tracking.progress_bar(first, run.steps, accelerator)
 
-    for step, (x_u8, y) in enumerate(open_loader(config, source, accelerator, first), start=first):
-        x = u8_to_pm1(x_u8.to(accelerator.device, non_blocking=True))
-        y = y.to(accelerator.device, non_blocking=True)
+    for step, batch in enumerate(open_loader(config, examples, accelerator, first), start=first):
+        x_u8, y, *cached = (b.to(accelerator.device, non_blocking=True) for b in batch)
         draws = draw(config, step, rank, shape, accelerator.device)
-        tracker.add(train_step(nets, x, y, draws, config, step), step)
+        tracker.add(train_step(nets, u8_to_pm1(x_u8), y, draws, config, step, cached), step)
         bar.update()
         stopping = stop.agreed(step + 1)
         after.step(nets, step + 1, last=stopping or step + 1 == run.steps, bar=bar)

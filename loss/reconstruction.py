@@ -14,8 +14,10 @@ import torch.nn.functional as F
 
 from models.errors import UserError
 from models.vae_keys import read_state, require_match
+from models.wanted import Wanted, torch_hub_file
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+VGG_REMEDY = f"fetch {VGG_URL} and set loss.reg.lpips_weights=FILE, or set loss.reg.lpips=0"
 
 
 def pixel_loss(x_hat: torch.Tensor, x: torch.Tensor, kind: str = "l1") -> torch.Tensor:
@@ -81,19 +83,24 @@ def load_lpips(weights: str | None = None, download: bool = True) -> lpips.LPIPS
     return net.eval().requires_grad_(False)
 
 
+def wanted_vgg(weights: str | None = None) -> Wanted:
+    """The VGG-16 file that `load_lpips` will read, without reading it."""
+    path = _vgg_file(weights, download=False) if weights else torch_hub_file(VGG_URL)
+    return Wanted("VGG-16 for LPIPS", path if path.is_file() else None, VGG_URL, VGG_REMEDY)
+
+
 def _vgg_file(weights: str | None, download: bool) -> Path:
-    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG_URL).name)
+    path = Path(weights) if weights else torch_hub_file(VGG_URL)
     if path.is_file():
         return path
-    remedy = f"fetch {VGG_URL} and set loss.reg.lpips_weights=FILE, or set loss.reg.lpips=0"
     if weights or not download:
-        raise UserError(f"LPIPS needs VGG-16 weights, not found at {path}: {remedy}")
+        raise UserError(f"LPIPS needs VGG-16 weights, not found at {path}: {VGG_REMEDY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(VGG_URL, str(path), hash_prefix="397923af")
     except (OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
         raise UserError(
-            f"LPIPS needs VGG-16 weights, not found at {path} ({error}): {remedy}"
+            f"LPIPS needs VGG-16 weights, not found at {path} ({error}): {VGG_REMEDY}"
         ) from None
     return path
 

@@ -16,7 +16,7 @@ from pickle import UnpicklingError
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, hf_hub_url
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from models.errors import UserError
+from models.wanted import Wanted, cached_file, torch_hub_file
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -173,9 +174,7 @@ def load_encoder(
     spec = _spec(name)
     if weights == "random":
         return Encoder(name, _create(spec, grid), spec, grid)
-    if weights is not None and not Path(weights).is_file():
-        raise UserError(f"encoder.weights={weights}: no such file; expected weights of {name}")
-    path = Path(weights or _published_file(name, spec))
+    path = _existing(weights, name) if weights else Path(_published_file(name, spec))
     overlay = {"state_dict": _read_backbone(path, spec), "num_classes": 0, "label_offset": 0}
     try:
         # standard output is closed to timm: its DINOv3 reader prints a line per missing bias
@@ -185,6 +184,15 @@ def load_encoder(
         raise UserError(f"{path} does not fit {name}: {_short(error)}") from error
     del net.pretrained_cfg["state_dict"]  # a second copy of the weights
     return Encoder(name, net, spec, grid)
+
+
+def wanted_encoder(name: str, weights: str | Path | None = None) -> Wanted | None:
+    """What `load_encoder` will read, without reading it; None if the weights are random."""
+    if weights == "random":
+        return None
+    if weights is not None:
+        return Wanted(str(weights), _existing(weights, name))
+    return _published(name, _spec(name))
 
 
 def encoder_shape(name: str, resolution: int = 256, grid: int | None = None) -> tuple[int, int]:
@@ -246,35 +254,54 @@ def _create(spec: EncoderSpec, grid: int, **kwargs) -> nn.Module:
     return timm.create_model(spec.timm_name, num_classes=0, **size, **spec.kwargs, **kwargs)
 
 
-def _published_file(name: str, spec: EncoderSpec) -> str:
-    """Path of the published weights, downloaded if the cache lacks them."""
+def _existing(weights: str | Path, name: str) -> Path:
+    if not Path(weights).is_file():
+        raise UserError(f"encoder.weights={weights}: no such file; expected weights of {name}")
+    return Path(weights)
+
+
+def _published(name: str, spec: EncoderSpec) -> Wanted:
+    """The published weights and their copy in the cache, if there is one."""
     cfg = timm.get_pretrained_cfg(spec.timm_name)
     if spec.url or not (cfg.hf_hub_id or cfg.url):
         raise UserError(
             f"timm publishes no weights of {name}: get them at {spec.url or 'their authors'}, then "
             "set encoder.weights=FILE"
         )
+    remedy = "run {} where there is a network, then set encoder.weights=FILE"
     if cfg.hf_hub_id:
-        file = cfg.hf_hub_filename or "model.safetensors"
-        source, cache = f"{cfg.hf_hub_id}/{file}", Path(HF_HUB_CACHE)
-        how = f"`hf download {cfg.hf_hub_id} {file} --local-dir DIR`"
-    else:
-        source, cache = cfg.url, Path(torch.hub.get_dir()) / "checkpoints"
-        how = f"`curl -O {cfg.url}`"
+        repo, file = cfg.hf_hub_id, _hub_file(cfg)
+        remedy = remedy.format(f"`hf download {repo} {file} --local-dir DIR`")
+        copy = cached_file(repo, file)
+        return Wanted(f"{repo}/{file}", copy, hf_hub_url(repo, file), remedy)
+    path = torch_hub_file(cfg.url)
+    copy = path if path.is_file() else None
+    return Wanted(cfg.url, copy, cfg.url, remedy.format(f"`curl -O {cfg.url}`"))
+
+
+def _hub_file(cfg) -> str:
+    return cfg.hf_hub_filename or "model.safetensors"
+
+
+def _published_file(name: str, spec: EncoderSpec) -> str:
+    """Path of the published weights, downloaded if the cache lacks them."""
+    wanted, cfg = _published(name, spec), timm.get_pretrained_cfg(spec.timm_name)
+    cache = HF_HUB_CACHE if cfg.hf_hub_id else torch_hub_file(cfg.url).parent
     try:
-        return hf_hub_download(cfg.hf_hub_id, file) if cfg.hf_hub_id else _download(source, cache)
+        if cfg.hf_hub_id:
+            return hf_hub_download(cfg.hf_hub_id, _hub_file(cfg))
+        return _download(cfg.url)
     except (EntryNotFoundError, OSError) as error:
         raise UserError(
-            f"weights of {name} not found: neither {source} on the network nor a copy in {cache} "
-            f"({type(error).__name__}); run {how} where there is a network, then set "
-            "encoder.weights=FILE"
+            f"weights of {name} not found: neither {wanted.what} on the network nor a copy in "
+            f"{cache} ({type(error).__name__}); {wanted.remedy}"
         ) from error
 
 
-def _download(url: str, folder: Path) -> str:
-    path = folder / Path(url).name
+def _download(url: str) -> str:
+    path = torch_hub_file(url)
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path))  # writes elsewhere first, then renames
     return str(path)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, hf_hub_url
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from models.errors import UserError
 from models.vae_keys import infer_config, is_compvis, read_state, require_match, to_diffusers
+from models.wanted import Wanted, cached_file
 
 CLASSES = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderKLQwenImage)}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILES = ("config.json", WEIGHTS)
 STATE_FILES = (".pt", ".ckpt", ".pth", ".safetensors")
 
 
@@ -225,7 +227,7 @@ def load_vae(spec: str, weights: str | Path | None = "hub") -> VAE:
     the architecture. Raises `UserError` for whatever cannot be found or does not fit.
     """
     spec = str(spec)
-    if weights is None or (weights == "hub" and spec in VAES and VAES[spec].hub is None):
+    if _is_random(spec, weights):
         return build_vae(spec)
     path = _locate(spec) if weights == "hub" else Path(weights)
     if path.is_dir():
@@ -235,11 +237,38 @@ def load_vae(spec: str, weights: str | Path | None = "hub") -> VAE:
                 expected = build_vae(spec).net.state_dict()
             require_match(expected, vae.net.state_dict(), path, spec)
         return vae
-    if not path.is_file():
-        raise UserError(f"vae.weights={path}: no such file or folder; expected weights of {spec}")
+    path = _existing(path, spec)
     vae = build_vae(spec)
     _load_strict(vae.net, to_diffusers(read_state(path)), path, spec)
     return vae
+
+
+def wanted_vae(spec: str, weights: str | Path | None = "hub") -> Wanted | None:
+    """What `load_vae` will read, without reading it; None if the weights are random."""
+    spec = str(spec)
+    if _is_random(spec, weights):
+        return None
+    place = _place(spec) if weights == "hub" else Path(weights)
+    if isinstance(place, Path):
+        path = _weights_in(_local_folder(place)) if place.is_dir() else _existing(place, spec)
+        return Wanted(str(path), path)
+    repo, subfolders = place
+    for subfolder in subfolders:
+        copies = [cached_file(repo, f"{subfolder}/{f}".strip("/")) for f in FILES]
+        if all(copies):
+            return Wanted(f"{WEIGHTS} of {repo}", copies[-1])
+    url = hf_hub_url(repo, WEIGHTS, subfolder=subfolders[0] or None)
+    return Wanted(f"{WEIGHTS} of {repo}", None, url, _remedy(repo))
+
+
+def _is_random(spec: str, weights: str | Path | None) -> bool:
+    return weights is None or (weights == "hub" and spec in VAES and VAES[spec].hub is None)
+
+
+def _existing(path: Path, spec: str) -> Path:
+    if not path.is_file():
+        raise UserError(f"vae.weights={path}: no such file or folder; expected weights of {spec}")
+    return path
 
 
 def _new(config: Mapping, origin) -> AutoencoderKL | AutoencoderKLQwenImage:
@@ -252,11 +281,16 @@ def _new(config: Mapping, origin) -> AutoencoderKL | AutoencoderKLQwenImage:
 
 def _load_folder(folder: Path) -> AutoencoderKL | AutoencoderKLQwenImage:
     # not from_pretrained: it fills missing tensors with random numbers, and keeps half precision
-    net, weights = _new(json.loads((folder / "config.json").read_text()), folder), folder / WEIGHTS
-    if not weights.is_file():
-        raise UserError(f"{folder} holds no {WEIGHTS}: save it again with save_pretrained")
+    net = _new(json.loads((folder / "config.json").read_text()), folder)
+    weights = _weights_in(folder)
     _load_strict(net, to_diffusers(read_state(weights)), weights, "its config.json")
     return net
+
+
+def _weights_in(folder: Path) -> Path:
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder} holds no {WEIGHTS}: save it again with save_pretrained")
+    return folder / WEIGHTS
 
 
 def _load_strict(net: nn.Module, state: Mapping[str, Tensor], origin, what: str) -> None:
@@ -282,15 +316,21 @@ def _config(spec: str) -> dict:
     return infer_config(to_diffusers(state), path)
 
 
-def _locate(spec: str, files: tuple[str, ...] = ("config.json", WEIGHTS)) -> Path:
+def _locate(spec: str, files: tuple[str, ...] = FILES) -> Path:
     """Local folder or file that `spec` names; of a hub repository, a local copy of `files`."""
+    place = _place(spec)
+    return place if isinstance(place, Path) else _hub_folder(*place, files)
+
+
+def _place(spec: str) -> Path | tuple[str, tuple[str, ...]]:
+    """What `spec` names: a local folder or file, or a hub repository and the subfolders to try."""
     if spec in VAES and VAES[spec].hub:
-        return _hub_folder(VAES[spec].hub, (VAES[spec].subfolder,), files)
+        return VAES[spec].hub, (VAES[spec].subfolder,)
     path = Path(spec)
     if path.exists():
         return _local_folder(path) if path.is_dir() else path
     if spec.count("/") == 1 and path.suffix not in STATE_FILES and not spec.startswith((".", "/")):
-        return _hub_folder(spec, ("", "vae"), files)
+        return spec, ("", "vae")
     near = get_close_matches(spec, VAES, n=1)
     hint = f"did you mean {near[0]}?" if near else f"the short names are {', '.join(VAES)}"
     raise UserError(f"no VAE {spec}: not a short name, file, folder or hub id; {hint}")
@@ -307,7 +347,7 @@ def _hub_folder(repo: str, subfolders: tuple[str, ...], files: tuple[str, ...]) 
     """Cached or downloaded copy of the first of `subfolders` that exists in a hub repository."""
 
     def cached(subfolder: str) -> bool:
-        return isinstance(try_to_load_from_cache(repo, f"{subfolder}/config.json".strip("/")), str)
+        return cached_file(repo, f"{subfolder}/config.json".strip("/")) is not None
 
     reason = ""
     # cached ones first: without a network, each look at the hub is half a minute of retries
@@ -321,6 +361,12 @@ def _hub_folder(repo: str, subfolders: tuple[str, ...], files: tuple[str, ...]) 
                 break  # no network, no such repository, no access: the next would fail alike
     raise UserError(
         f"{' and '.join(files)} of {repo} not found ({reason}): looked on the hub and in "
-        f"{HF_HUB_CACHE}; run `hf download {repo} --local-dir DIR` where there is a network, then "
-        "set vae.weights=DIR"
+        f"{HF_HUB_CACHE}; {_remedy(repo)}"
+    )
+
+
+def _remedy(repo: str) -> str:
+    return (
+        f"run `hf download {repo} --local-dir DIR` where there is a network, then set "
+        "vae.weights=DIR"
     )

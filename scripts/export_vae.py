@@ -26,14 +26,10 @@ from models.errors import UserError
 from models.vae import VAE, VAES, load_vae
 from utils import cli
 from utils.checkpoint import STATE, find_fault, versions
-from utils.data import SOURCES, Source, open_source, step_indices
-from utils.draws import generator
-from utils.images import u8_to_pm1
-from utils.metrics import LatentStatistics
+from utils.latent_stats import measure_latents
 from utils.report import scalars
 
 DISCRIMINATOR = "discriminator.safetensors"
-CHUNK = 32  # images encoded at a time
 FACTS = {  # of the run's config.yaml; no paths: a card is for the public
     "vae.name": "starting VAE",
     "data.source": "data source",
@@ -116,18 +112,12 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", type=Path, help="exps/NAME/checkpoints/0400000, or a diffusers folder")
     add("out", type=Path, metavar="OUT", help="folder to write; must not exist, or be empty")
-    add("--data", choices=SOURCES, help="measure the latent statistics on this source")
-    add("--path", help="folder of the source, as data.path")
-    add("--resolution", type=int, default=256, help="pixels the images come at")
-    add("--split", default="all", help="digits only: all, train or test")
-    add("--num", type=int, default=4096, help="images to measure on")
-    add("--seed", type=int, default=0, help="chooses the images and the posterior noise")
+    cli.add_source_arguments(parser, required=False)  # if given: measure the statistics there
+    add("--num", type=cli.positive, default=4096, help="images to measure on")
+    add("--seed", type=int, default=0, help="chooses the images")
     add("--evaluation", type=Path, help="record of `evaluate_fid.py --vae` for the card")
     add("--push-to-hub", metavar="ID", help="also upload OUT to this hub repository")
-    args = parser.parse_args()
-    if args.num < 1:
-        raise UserError(f"--num {args.num} must be at least 1")
-    return args
+    return parser.parse_args()
 
 
 def check_out(out: Path) -> None:
@@ -162,36 +152,16 @@ def statistics(args: argparse.Namespace, vae: VAE) -> tuple[Tensor, Tensor, str]
             *known,
             "Those in the checkpoint's VAE config (of a run: its latent norm's, with eps)",
         )
-    source = open_source(args.data, args.path, args.resolution, args.split)
+    source = cli.open_source_of(args)
     num = min(args.num, len(source))
-    mean, std = measure(vae, source, num, args.seed)
+    vae.to("cuda" if torch.cuda.is_available() else "cpu")
+    mean, std = (v.cpu() for v in measure_latents(vae, source, num, args.seed))
+    vae.cpu()
     what = f"{args.data} ({args.split} split)" if args.data == "digits" else args.data
     return mean, std, (
-        f"Measured in float64 on posterior samples of {num} images of {what} at "
+        f"Measured in float64, posterior samples in expectation, on {num} images of {what} at "
         f"{args.resolution} px, seed {args.seed}"
     )  # fmt: skip
-
-
-@torch.no_grad()
-def measure(vae: VAE, source: Source, num: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(C,) float64 mean and std of posterior samples of `num` images in random order; the noise
-    of an image depends on (seed, image) alone."""
-    vae.latent_shape(source.resolution)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae.to(device)
-    found = LatentStatistics(vae.latent_channels, device)
-    order = step_indices(len(source), num, seed, step=0).tolist()
-    for start in range(0, num, CHUNK):
-        chosen = order[start : start + CHUNK]
-        posterior = vae.encode(u8_to_pm1(torch.stack([source[i][0] for i in chosen])).to(device))
-        draws = [generator("export vae", seed, i) for i in chosen]
-        noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in draws])
-        found.add(posterior.mean + posterior.std * noise.to(device))
-    vae.to("cpu")
-    result = found.result()
-    return tuple(
-        torch.tensor(result[key], dtype=torch.float64) for key in ("latent_mean", "latent_std")
-    )
 
 
 # --------------------------------------------------------------------------------------

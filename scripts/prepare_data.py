@@ -10,20 +10,17 @@ images; plan.json (what OUT was begun with); labels.npy, keys.txt, skipped.txt; 
 """
 
 import argparse
-import fcntl
 import functools
 import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -34,9 +31,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import UserError
 from utils.checkpoint import write_atomically
-from utils.cli import Parser, run
+from utils.cli import Parser, positive, run
 from utils.data import open_source
 from utils.images import CROP_VERSION, UnreadableImageError
+from utils.resumable import (
+    META,
+    PLAN,
+    TEXT,
+    check_disk,
+    check_plan,
+    list_keys,
+    locked,
+    write_json,
+    write_lines,
+)
 from utils.sources import PACKED_FORMAT, FolderSource, Hdf5Source, shard_name
 
 Listed: TypeAlias = FolderSource | Hdf5Source
@@ -58,18 +66,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("src", type=Path, help="folder of the source images")
     parser.add_argument("out", type=Path, help="folder to write; not inside SRC")
-    parser.add_argument("--resolution", type=_positive, default=256, help="pixels (256)")
+    parser.add_argument("--resolution", type=positive, default=256, help="pixels (256)")
     parser.add_argument("--source", choices=("folder", "hdf5"), default="folder")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: none")
-    parser.add_argument("--shard-size", type=_positive, default=32768, help="images (32768)")
+    parser.add_argument("--shard-size", type=positive, default=32768, help="images (32768)")
     parser.add_argument("--dry-run", action="store_true", help="check, print the disk need, stop")
     return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 1 or more")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,8 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     with locked(args.out):
         if todo:
-            (args.out / "meta.json").unlink(missing_ok=True)
-            write_json(args.out / "plan.json", plan)
+            (args.out / META).unlink(missing_ok=True)
+            write_json(args.out / PLAN, plan)
             done = len(source) - sum(shard.end - shard.start for shard in todo)
             pack(source, todo, args.workers, done)
         report = finish(args.out, shards, source, plan)
@@ -111,11 +113,8 @@ def check_places(src: Path, out: Path) -> None:
 def make_plan(source: Listed, args: argparse.Namespace) -> dict:
     """What must not change between two runs that share an OUT."""
     digest = hashlib.sha256()
-    for i in range(len(source)):
-        if "\n" in source.key(i):
-            raise UserError(f"{source.key(i)!r} has a line break in its name; rename it")
-        line = f"{source.key(i)}\t{int(source.labels[i])}\n"
-        digest.update(line.encode("utf-8", "surrogateescape"))
+    for key, label in zip(list_keys(source), source.labels):
+        digest.update(f"{key}\t{int(label)}\n".encode(*TEXT))
     for size in source.sizes():
         digest.update(f"{size}\n".encode())
     return {
@@ -129,51 +128,12 @@ def make_plan(source: Listed, args: argparse.Namespace) -> dict:
     }
 
 
-def check_plan(out: Path, plan: dict) -> None:
-    """Refuse an OUT that holds something else, or was begun differently."""
-    path = out / "plan.json"
-    if not path.exists():
-        foreign = [p.name for p in out.iterdir() if p.suffix != ".tmp"] if out.exists() else []
-        if [name for name in foreign if name != ".lock"]:
-            raise UserError(f"OUT {out} holds other files ({foreign[0]}); choose an empty folder")
-        return
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in plan.items():
-        if begun.get(name) != value:
-            text = f"{out} was begun with {name}={begun.get(name)}, now it is {value}"
-            raise UserError(f"{text}; use the same SRC and settings, or another OUT")
-
-
 def is_finished(shard: Shard, row_bytes: int) -> bool:
     """The record is written after the pixels, so where it is whole, they are."""
     if not (shard.record.is_file() and shard.path.is_file()):
         return False
     kept = len(json.loads(shard.record.read_text(encoding="utf-8"))["keys"])
     return shard.path.stat().st_size >= kept * row_bytes
-
-
-def check_disk(out: Path, need: int) -> None:
-    existing = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
-    free = shutil.disk_usage(existing).free
-    sizes = f"{_size(need)} still to write, {_size(free)} free at {existing}"
-    print(sizes, flush=True)
-    if need > free:
-        raise UserError(f"not enough disk: {sizes}; free some or choose another OUT")
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """One run per OUT. The lock is the process's own: workers left by a kill do not hold it."""
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"another run writes {out}; wait for it, or stop it") from None
-        yield
 
 
 # ---- worker side -------------------------------------------------------------------------------
@@ -297,28 +257,20 @@ def finish(out: Path, shards: list[Shard], source: Listed, plan: dict) -> str:
     records = [json.loads(shard.record.read_text(encoding="utf-8")) for shard in shards]
     keys = [key for record in records for key in record["keys"]]
     skipped = [f"{key}\t{reason}" for record in records for key, reason in record["skipped"]]
-    write_atomically(out / "skipped.txt", _lines(skipped))
+    write_lines(out / "skipped.txt", skipped)
     if not keys:
         raise UserError(f"none of the {len(source)} images is readable; see {out / 'skipped.txt'}")
     labels = np.array([label for record in records for label in record["labels"]], dtype=np.int64)
     write_atomically(out / "labels.npy", lambda file: np.save(file, labels))
-    write_atomically(out / "keys.txt", _lines(keys))
+    write_lines(out / "keys.txt", keys)
     lengths = [len(record["keys"]) for record in records]
     counts = {"num_images": len(keys), "num_skipped": len(skipped), "shards": lengths}
-    write_json(out / "meta.json", plan | counts | {"classes": source.classes})
+    write_json(out / META, plan | counts | {"classes": source.classes})
     size = sum(shard.path.stat().st_size for shard in shards)
     return (
         f"packed {len(keys)} images, {source.num_classes} classes, {len(skipped)} skipped, "
         f"{size} bytes; use: data.source=packed data.path={out} data.resolution={source.resolution}"
     )
-
-
-def _lines(lines: list[str]) -> bytes:
-    return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
-
-
-def write_json(path: Path, value: object) -> None:
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

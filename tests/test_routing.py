@@ -8,6 +8,7 @@ import torch
 
 import train_repae
 from loss import reconstruction
+from models.errors import UserError
 from models.sit import SiT
 from tests.tiny import batch, grads, start, tiny_config
 from utils.learner import only_training
@@ -206,6 +207,31 @@ def test_the_gan_term_starts_at_its_step():
     names = [train_repae.train_step(nets, *batch(config, s), config, s) for s in (0, 1)]
     assert ["loss/vae/gan" in m for m in names] == [False, True]
     assert all("loss/disc/hinge" in m for m in names)
+
+
+def test_the_discriminator_trains_alone_first():
+    """disc.alone_steps: nothing else moves, statistics and EMA included; then the joint step is
+    that of a run without such a phase, its counters (warm-up, gan_start) beginning there."""
+    more = ("disc.alone_steps=2", "loss.reg.gan_start=1", "sit.optim.warmup_steps=10")
+    config = tiny_config(*more)
+    nets, _ = start(config)
+    others = {"vae": nets.vae, "sit": nets.sit, "ema": nets.ema}
+    before = {k: {n: v.clone() for n, v in net.state_dict().items()} for k, net in others.items()}
+    for step in (0, 1):
+        disc = [p.clone() for p in nets.disc.parameters()]
+        metrics = train_repae.train_step(nets, *batch(config, step), config, step)
+        assert {k for k in metrics if k.startswith("loss/")} == {"loss/disc/hinge"}
+        assert any((p != q).any() for p, q in zip(nets.disc.parameters(), disc))
+    for name, net in others.items():
+        assert all(torch.equal(v, before[name][n]) for n, v in net.state_dict().items())
+    joint = [train_repae.train_step(nets, *batch(config, s), config, s) for s in (2, 3)]
+    assert ["loss/vae/gan" in m for m in joint] == [False, True]
+    assert nets.learn["sit"].opt.param_groups[0]["lr"] == pytest.approx(2 / 10 * 1e-3)
+
+
+def test_a_lonely_discriminator_needs_one():
+    with pytest.raises(UserError, match=r"disc.alone_steps=2, but no discriminator trains"):
+        tiny_config("disc.alone_steps=2", "loss.reg.gan=0")
 
 
 def test_networks_are_frozen_outside_their_phase():

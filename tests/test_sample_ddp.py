@@ -443,8 +443,12 @@ def test_the_record_of_a_deleted_npz_is_not_taken_for_that_of_the_next(
     out = tmp_path / "a.npz"
     here(checkpoint, out)
     out.unlink()
+
+    def ctrl_c(*_):  # not a real SIGINT: a shell's background jobs ignore it
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(sample_ddp, "save_grid", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(sample_ddp, "save_grid", ctrl_c)
         with pytest.raises(KeyboardInterrupt):
             here(checkpoint, out, seed=1)
     assert out.exists() and not out.with_suffix(".json").exists()

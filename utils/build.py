@@ -19,10 +19,11 @@ from models.sit import SiT
 from models.vae import VAE, build_vae, load_vae
 from models.vae_keys import read_state
 from utils.config import Config, per_rank_batch
-from utils.data import Source, step_indices
+from utils.data import Source
 from utils.draws import generator
 from utils.ema import make_ema
-from utils.images import u8_to_pm1
+from utils.latent_stats import measure_latents
+from utils.latents import LatentCache
 from utils.learner import DTYPES, Learner
 
 
@@ -39,6 +40,9 @@ class Nets:
     ema: SiT | None = None
     learn: dict[str, Learner] = field(default_factory=dict)
     precision: str = "fp32"
+    starting_stats: dict | None = (
+        None  # of a new run: the latent norm's first ones, and their origin
+    )
 
     def autocast(self) -> torch.autocast:
         """Mixed precision, for forwards only."""
@@ -62,15 +66,21 @@ def build_nets(
         net = load_lpips(c.loss.reg.lpips_weights) if c.vae.train and c.loss.reg.lpips else None
     disc = _seeded(c, "disc", lambda: build_disc(c)).to(device) if c.uses_disc else None
     lecam = LeCam().to(device) if c.uses_disc and c.loss.reg.lecam else None
+    cache = open_cache_of(vae, c)
     dims = tuple(encoder.embed_dim for encoder in encoders)
+    if c.uses_encoder and c.encoder.cached:
+        dims = cache.encoder_dims()
     sit = _seeded(c, "sit", lambda: build_sit(c, vae, source.num_classes, dims)).to(device)
+    start = None
     if origin is None:
-        sit.bn.set_stats(*(vae.latent_stats() or measure_latents(vae, source, c)))
+        start = starting_stats(vae, source, c, accelerator, cache)
+        sit.bn.set_stats(torch.tensor(start["mean"]), torch.tensor(start["std"]))
     net = net.to(device) if net else None
     nets = Nets(vae, sit, disc, encoders, net, lecam, precision=c.run.precision)
+    nets.starting_stats = start
     if origin is not None:
         load_weights(nets, origin)
-    _set_up(nets, c, accelerator)
+    set_up(nets, c, accelerator)
     nets.ema = make_ema(sit)
     if origin is not None:
         _load_strictly(nets.ema, SiT.from_pretrained(origin / "sit_ema").state_dict(), "sit_ema")
@@ -79,7 +89,7 @@ def build_nets(
     return nets
 
 
-def _set_up(nets: Nets, c: Config, accelerator: Accelerator) -> None:
+def set_up(nets: Nets, c: Config, accelerator: Accelerator) -> None:
     """Memory format, checkpointing, compilation, and a learner for each network that trains."""
     if c.run.channels_last:
         for net in filter(None, (nets.vae, nets.disc, nets.lpips)):
@@ -114,8 +124,8 @@ def _load_vae(c: Config, origin: Path | None) -> VAE:
 
 
 def load_encoders(c: Config, device: torch.device) -> list[Encoder]:
-    """The frozen encoders of the alignment loss; none where nothing is aligned."""
-    if not c.uses_encoder:
+    """The frozen encoders of the alignment loss; none where nothing is aligned or all is cached."""
+    if not c.uses_encoder or c.encoder.cached:
         return []
     files = c.encoder.weights or [None] * len(c.encoder.names)
     grid = encoder_grid(c)
@@ -171,23 +181,37 @@ def build_sit(c: Config, vae: VAE, num_classes: int, encoder_dims: tuple[int, ..
     )
 
 
-@torch.no_grad()
-def measure_latents(vae: VAE, source: Source, c: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-channel mean and std (C,) of posterior samples of the first images of the data order."""
-    num, chunk = min(c.latent_norm.stats_images, len(source)), 32
-    order = step_indices(len(source), num, c.run.seed, step=0).tolist()
-    device = next(vae.parameters()).device
-    total, squares, count = 0.0, 0.0, 0
-    for start in range(0, num, chunk):
-        x = u8_to_pm1(torch.stack([source[i][0] for i in order[start : start + chunk]]).to(device))
-        posterior = vae.encode(x)
-        g = generator("latent stats", c.run.seed, start, device=device)
-        noise = torch.randn(posterior.mean.shape, generator=g, device=device)
-        z = (posterior.mean + posterior.std * noise).double()
-        total, squares = total + z.sum(dim=(0, 2, 3)), squares + z.square().sum(dim=(0, 2, 3))
-        count += z.numel() // z.shape[1]
-    mean = total / count
-    return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
+def open_cache_of(vae: VAE, c: Config) -> LatentCache | None:
+    """The cached latents of the config; `UserError` if another VAE made them."""
+    if not c.data.latents:
+        return None
+    cache = LatentCache(Path(c.data.latents))
+    cache.check_vae(vae, c.vae.name)
+    return cache
+
+
+def starting_stats(
+    vae: VAE, source: Source, c: Config, accelerator: Accelerator, cache: LatentCache | None
+) -> dict:
+    """{"origin", "mean", "std"} per channel: of the cache, of the VAE's config, or measured now."""
+    known = vae.latent_stats()
+    if cache:
+        origin, stats = f"cached latents {cache.folder}", cache.stats()
+    elif known:
+        origin, stats = f"config of the starting VAE {c.vae.name}", known
+    else:
+        num = min(c.latent_norm.stats_images, len(source))
+        origin = f"measured on {num} images of the data"
+        stats = measure_latents(
+            vae,
+            source,
+            num,
+            c.run.seed,
+            rank=accelerator.process_index,
+            ranks=accelerator.num_processes,
+            sum_over_ranks=lambda sums: accelerator.reduce(sums, "sum"),
+        )
+    return {"origin": origin} | dict(zip(("mean", "std"), (v.tolist() for v in stats)))
 
 
 def save_nets(nets: Nets, folder: Path) -> None:

@@ -45,18 +45,27 @@ class Checkpoints:
         if final.exists():  # not whole, or the run would have gone on from it
             self._remove(final)
         draft.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         self._retire()
         return final
 
-    def latest(self, report: Callable[[str], None] = print) -> Path | None:
-        """The newest whole checkpoint; `report` is told of every one passed over."""
+    def latest(self, report: Callable[[str], None] = print, read_all: bool = True) -> Path | None:
+        """The newest whole checkpoint; `report` is told of every one passed over. Without
+        `read_all`, files must be there, but their bytes are not looked at."""
         for folder in sorted(self._all(), reverse=True):
-            fault = find_fault(folder)
+            fault = find_fault(folder, read_all)
             if fault is None:
                 return folder
             report(f"ignored {folder}: {fault}")
         return None
+
+    def whole(self, report: Callable[[str], None] = print) -> list[Path]:
+        """All whole checkpoints by step; `report` is told of every one passed over."""
+        faults = {folder: find_fault(folder) for folder in sorted(self._all())}
+        for folder, fault in faults.items():
+            if fault is not None:
+                report(f"ignored {folder}: {fault}")
+        return [folder for folder, fault in faults.items() if fault is None]
 
     def sweep(self) -> None:
         """Delete what killed processes left half-written or half-deleted."""
@@ -87,7 +96,7 @@ def find_start(
     answer = [None, {}, None]
     if accelerator.is_main_process:
         checkpoints.sweep()
-        checkpoint, fault = _choose_start(resume, checkpoints, accelerator.print)
+        checkpoint, fault = choose_start(resume, checkpoints, accelerator.print)
         state = json.loads((checkpoint / STATE).read_text()) if checkpoint and not fault else {}
         answer = [checkpoint, state, fault]
     checkpoint, state, fault = broadcast_object_list(answer)
@@ -97,28 +106,29 @@ def find_start(
     return checkpoint, state
 
 
-def _choose_start(
-    resume: str, checkpoints: Checkpoints, report: Callable[[str], None]
+def choose_start(
+    resume: str, checkpoints: Checkpoints, report: Callable[[str], None], read_all: bool = True
 ) -> tuple[Path | None, str | None]:
     """(checkpoint or None, what is wrong or None)"""
     run = checkpoints.folder.parent
     if resume == "auto":
-        return checkpoints.latest(report), None
+        return checkpoints.latest(report, read_all), None
     if resume == "never":
         fault = f"{run} holds checkpoints and run.resume=never: choose another run.name"
-        return None, fault if checkpoints.latest(report) else None
+        return None, fault if checkpoints.latest(report, read_all) else None
     chosen = Path(resume)
-    fault = find_fault(chosen)
+    fault = find_fault(chosen, read_all)
     if fault:
         return chosen, f"run.resume={resume} is not a whole checkpoint: {fault}"
-    newest = checkpoints.latest(report)
+    newest = checkpoints.latest(report, read_all)
     if newest and newest.resolve() != chosen.resolve():  # it would be what `auto` goes on from
         return chosen, f"{run} holds {newest.name} too: choose another run.name, or delete that"
     return chosen, None
 
 
-def find_fault(folder: Path) -> str | None:
-    """What keeps `folder` from being a whole checkpoint; None if it is one. Reads every byte."""
+def find_fault(folder: Path, read_all: bool = True) -> str | None:
+    """What keeps `folder` from being a whole checkpoint; None if it is one. Reads every byte, or
+    without `read_all` looks only whether the files are there."""
     try:
         files = json.loads((folder / STATE).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -127,7 +137,7 @@ def find_fault(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if sha256_file(path) != digest:
+        if read_all and sha256_file(path) != digest:
             return f"{name} is damaged"
     return None
 
@@ -174,9 +184,9 @@ def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], obj
             content(file)
         else:
             file.write(content.encode() if isinstance(content, str) else content)
-    _sync(draft)
+    sync(draft)
     draft.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -185,10 +195,11 @@ def _files(folder: Path) -> list[Path]:
 
 def _sync_tree(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file or folder durable: its bytes reach the disk before this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from models.errors import UserError
+from utils.data import SOURCES, Source, open_source
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,6 +14,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+
+def positive(text: str) -> int:
+    """Type of an argument: a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 1 or more")
+    return int(text)
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """--data --path --resolution --split, for `open_source_of`."""
+    add = parser.add_argument
+    add("--data", choices=SOURCES, required=required, help="source of the images, as data.source")
+    add("--path", help="folder of the source, as data.path")
+    add("--resolution", type=positive, default=256, help="pixels the images come at (256)")
+    add("--split", default="all", help="digits only: all, train or test")
+
+
+def open_source_of(args: argparse.Namespace) -> Source:
+    return open_source(args.data, args.path, args.resolution, args.split)
 
 
 def run(main: Callable[[], int | None]) -> None:

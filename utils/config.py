@@ -74,6 +74,7 @@ class Data:
 
     source: str = "packed"  # packed, folder, hdf5, digits, synthetic
     path: str | None = None  # folder of the source; digits and synthetic need none
+    latents: str | None = None  # folder of scripts/cache_latents.py: no VAE forward; VAE frozen
     split: str = "all"  # digits only: train, test, all
     resolution: int = 256  # pixels
     num_classes: int | None = None  # expected number; null = whatever the data has
@@ -114,6 +115,7 @@ class Disc:
     layers: int = 3  # stride-2 stages + 1
     channels: int = 64  # width of the first layer
     norm: Literal["batch", "group"] = "batch"  # group: accumulation equals the big batch exactly
+    alone_steps: int = 0  # of run.steps, the first: it alone trains, on the starting VAE's pictures
     weights: str | None = None  # safetensors, or a published -discriminator-ckpt.pt; null = random
     optim: Optim = field(default_factory=Optim)
 
@@ -135,6 +137,7 @@ class Encoder:
     )  # models/encoders.py, or timm:NAME
     weights: list[str | None] = field(default_factory=list)  # a file for each name; [] = published
     grid: int | None = None  # tokens per side; null = resolution / 16
+    cached: bool = False  # true = their tokens lie in data.latents, too: no encoder is loaded
 
 
 @dataclass
@@ -167,7 +170,7 @@ class Reg:
     lpips_double_scaling: bool = False  # true = VGG sees [-3, 1], as in the published runs
     kl: float = 1e-6  # summed over the latent, mean over images
     gan: float = 0.1  # fixed weight of the generator term; 0 = no discriminator
-    gan_start: int = 0  # step from which the VAE sees it (the discriminator trains from step 0)
+    gan_start: int = 0  # step after disc.alone_steps from which the VAE sees it; it trains from 0
     lecam: float = 0.0  # LeCam regularisation of the discriminator
 
 
@@ -369,6 +372,16 @@ def _loss_faults(c: Config):
     """The same of the losses and of the encoders they need."""
     align, enc, depth = c.loss.align, c.encoder, c.sit_shape()["depth"]
     yield (
+        c.data.latents is not None and c.vae.train,
+        f"data.latents={c.data.latents} are of a VAE that stands still: set vae.train=false, or "
+        "data.latents=null",
+    )
+    yield (
+        enc.cached and c.data.latents is None,
+        "encoder.cached=true reads the tokens that lie in data.latents: set it, or "
+        "encoder.cached=false",
+    )
+    yield (
         align.sit > 0 and not enc.names,
         f"loss.align.sit={align.sit} needs an encoder: name one in encoder.names, or set "
         "loss.align.sit=0 loss.align.vae=0",
@@ -391,8 +404,16 @@ def _loss_faults(c: Config):
         c.loss.diffusion.to_vae and not c.vae.train,
         "loss.diffusion.to_vae=true needs a VAE that trains: set vae.train=true",
     )
-    start = c.loss.reg.gan_start
-    yield start < 0, f"loss.reg.gan_start={start} must not be negative"
+    for name, value in (
+        ("loss.reg.gan_start", c.loss.reg.gan_start),
+        ("disc.alone_steps", c.disc.alone_steps),
+    ):
+        yield value < 0, f"{name}={value} must not be negative"
+    yield (
+        c.disc.alone_steps > 0 and not c.uses_disc,
+        f"disc.alone_steps={c.disc.alone_steps}, but no discriminator trains: set vae.train=true "
+        "and loss.reg.gan above 0, or disc.alone_steps=0",
+    )
 
 
 def per_rank_batch(config: Config, ranks: int) -> int:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from models.errors import UserError
 from utils.sources import DigitsSource, FolderSource, Hdf5Source, PackedSource, SyntheticSource
 
+PREFETCH = 4  # batches that each worker holds ready
 SOURCES = ("digits", "folder", "packed", "hdf5", "synthetic")
 
 
@@ -119,12 +120,11 @@ class StepSampler(Sampler[list[int]]):
 class Loader(DataLoader):
     """A DataLoader whose workers hand a `UserError` over as it is, not wrapped in a traceback."""
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
         for batch in super().__iter__():
             if isinstance(batch, UserError):
                 raise batch
-            x_u8, y = batch
-            yield x_u8, y
+            yield batch
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -149,19 +149,20 @@ def _as_it_is(batch):
 
 def make_loader(
     source: Source,
-    sampler: StepSampler,
+    sampler: StepSampler | list[list[int]],
     workers: int = 0,
     pin_memory: bool = False,
     context: str | None = None,
 ) -> Loader:
-    """Yields (x_u8 (B, 3, H, W) uint8, y (B,) int64), one batch per step of `sampler`.
+    """Yields [x_u8 (B, 3, H, W) uint8, y (B,) int64, and what else the source gives], one batch per
+    step of `sampler`.
 
     `workers` processes of one thread each; 0 reads in this process. `context` is how they start
     ("fork", "spawn"; None: Python's default). No random number is drawn, here or in a worker.
     """
     parallel = {}
     if workers:
-        parallel = {"persistent_workers": True, "prefetch_factor": 4}
+        parallel = {"persistent_workers": True, "prefetch_factor": PREFETCH}
         parallel["multiprocessing_context"] = context
     return Loader(
         _Batches(source),

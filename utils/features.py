@@ -104,6 +104,15 @@ def load_features(
     return FeatureNet("pixel", "pixel12", False, facts, device, _pixels)
 
 
+def require_weights(spec: str, weights: str | None = None) -> None:
+    """`UserError` unless `load_features` would find its weights on this machine; loads nothing."""
+    family, name, checkpoint = parse_features(spec)
+    if family in PUBLISHED:
+        find_weights(family, weights)
+    elif family == "timm":
+        _timm_file(name, checkpoint, download=False)
+
+
 def _pixels(x_u8: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"pool": F.adaptive_avg_pool2d(x_u8.float() / 255, 12).flatten(1)}
 
@@ -170,9 +179,7 @@ def _dinov2(
 
 def _timm(name: str, checkpoint: str | None, download: bool, device: torch.device) -> FeatureNet:
     net = timm.create_model(name, pretrained=False, num_classes=0)
-    path = Path(checkpoint) if checkpoint else _hub_checkpoint(net, name, download)
-    if not path.is_file():
-        raise UserError(f"--features timm:{name}@{checkpoint}: no such file {path}")
+    path = _timm_file(name, checkpoint, download)
     state = load_file(path) if path.suffix == ".safetensors" else _torch_state(path)
     _load_strictly(net, _without_head(net, state), path)
     sha256 = sha256_file(path)
@@ -188,8 +195,16 @@ def _timm(name: str, checkpoint: str | None, download: bool, device: torch.devic
     return FeatureNet("timm", label, False, facts, device, forward)
 
 
-def _hub_checkpoint(net, name: str, download: bool) -> Path:
-    repo = net.pretrained_cfg.get("hf_hub_id")
+def _timm_file(name: str, checkpoint: str | None, download: bool) -> Path:
+    path = Path(checkpoint) if checkpoint else _hub_checkpoint(name, download)
+    if not path.is_file():
+        raise UserError(f"--features timm:{name}@{checkpoint}: no such file {path}")
+    return path
+
+
+def _hub_checkpoint(name: str, download: bool) -> Path:
+    cfg = timm.get_pretrained_cfg(name)
+    repo = cfg.hf_hub_id if cfg else None
     if not repo:
         raise UserError(f"timm:{name} has no published weights: give timm:{name}@CKPT")
     cached = huggingface_hub.try_to_load_from_cache(repo, "model.safetensors")

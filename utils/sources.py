@@ -18,6 +18,7 @@ from PIL import Image
 
 from models.errors import UserError
 from utils.images import CROP_VERSION, array_to_u8, read_image
+from utils.resumable import META, read_lines
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 DIGITS_SPLIT_SEED = 20250416  # a constant, so that "test" is the same 20% for everybody
@@ -202,7 +203,7 @@ class PackedSource:
 
     def __init__(self, root: Path, resolution: int) -> None:
         again = "the folder is unfinished: run the same prepare_data.py command again"
-        meta = read_json(root / "meta.json", again)
+        meta = read_json(root / META, again)
         if meta.get("format") != PACKED_FORMAT:
             raise UserError(f"{root}: format {meta.get('format')!r}, expected {PACKED_FORMAT!r}")
         _check_same(root, "crop version", meta["crop_version"], CROP_VERSION)
@@ -235,8 +236,7 @@ class PackedSource:
     def key(self, i: int) -> str:
         """The image's path in the source that was packed."""
         if self._keys is None:
-            text = (self.root / "keys.txt").read_bytes().decode("utf-8", "surrogateescape")
-            self._keys = text.split("\n")[:-1]
+            self._keys = read_lines(self.root / "keys.txt")
             assert len(self._keys) == len(self), self.root
         return self._keys[i]
 

@@ -126,12 +126,19 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
 
-def start(config: Config, accelerator: Accelerator, first: int) -> Tracker:
-    """Record the config (an earlier, different one is kept beside it) and open the trackers."""
+def start(
+    config: Config, accelerator: Accelerator, first: int, latent_stats: dict | None = None
+) -> Tracker:
+    """Record the config (an earlier, different one is kept beside it) and the latent statistics
+    that a new run starts with, and open the trackers."""
     guarded = ("loss/",) if config.run.precision == "fp16" else ("loss/", "grad_norm/")
     tracker = Tracker(accelerator, config.run_dir, config.run.batch_size, guarded)
     if accelerator.is_main_process:
         _record(config, first)
+        if latent_stats:
+            write_atomically(
+                config.run_dir / "latent_stats.json", json.dumps(latent_stats, indent=1)
+            )
     tracker.rewind(first)
     if config.run.trackers:
         flat = {

@@ -135,7 +135,8 @@ class TestAgainstTheMethod:
             generator=generator,
         )  # fmt: skip
         assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-6)
+        # the network is float32; guidance and nine steps enlarge its rounding, CPUs round apart
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=2e-5)
 
     @pytest.mark.parametrize("solver", ["ode-euler", "ode-heun"])
     def test_ode(self, solver, sit, start, cfg, low, high, path):

@@ -1,0 +1,357 @@
+"""Cached latents: the same training without the VAE, and nothing joined that does not belong.
+
+python -m pytest tests/scripts/test_cache_latents.py
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import train_repae
+from models.encoders import encoder_shape, load_encoder
+from models.errors import UserError
+from models.vae import build_vae, load_vae
+from scripts import cache_latents
+from tests.tiny import ROOT, run_script, tiny_config, train_here
+from utils import distributed
+from utils.build import build_nets
+from utils.data import open_source
+from utils.draws import draw
+from utils.images import u8_to_pm1
+from utils.latents import CachedSource, LatentCache, checksum
+
+SCRIPT = "scripts/cache_latents.py"
+NUM = 40
+ENCODER = ("--encoders", "timm:test_resnet/16", "--encoder-weights", "random", "--encoder-grid", 4)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """40 digits as files, in three classes."""
+    root = tmp_path_factory.mktemp("images")
+    digits = open_source("digits", None, 16)
+    for i in range(NUM):
+        folder = root / "abc"[i % 3]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(digits[i][0].permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """A VAE with a spread posterior, so that mean and std both matter."""
+    torch.manual_seed(3)
+    vae = build_vae("tiny-f2d4")
+    with torch.no_grad():
+        vae.net.quant_conv.bias[4:] -= 1.0
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save(folder)
+    return folder
+
+
+def words(images, vae, out, *more) -> list[str]:
+    given = ["--vae", vae, "--data", "folder", "--path", images, "--resolution", 16, "--out", out]
+    return [str(w) for w in (*given, "--workers", 0, "--shard-size", 16, "--batch-size", 8, *more)]
+
+
+def cache_here(monkeypatch, *args) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [SCRIPT, *words(*args)])
+        cache_latents.main()
+
+
+@pytest.fixture(scope="module")
+def cache(images, vae, tmp_path_factory):
+    """With mirrored copies and features."""
+    out = tmp_path_factory.mktemp("cache") / "c"
+    with pytest.MonkeyPatch.context() as patch:
+        cache_here(patch, images, vae, out, "--hflip", *ENCODER)
+    return out
+
+
+def config_of(images, vae, cache=None, *more):
+    given = ["vae.train=false", f"vae.name={vae}", "vae.weights=hub", "data.source=folder"]
+    given += [f"data.path={images}"] + [f"data.latents={cache}"] * (cache is not None)
+    return tiny_config(*given, *more)
+
+
+def one_step(config, images):
+    """Losses and gradients of one step, and the latents it used."""
+    accelerator = distributed.start(config.run_dir, [], tf32=False)
+    source = open_source("folder", images, 16)
+    nets = build_nets(config, source, accelerator)
+    examples = train_repae.join_cache(config, source)
+    batch = torch.utils.data.default_collate([examples[i] for i in range(8)])
+    x_u8, y, *cached = batch
+    draws = draw(config, 0, 0, (8, 4, 8, 8), torch.device("cpu"))
+    parts = train_repae.make_parts(u8_to_pm1(x_u8), y, draws, cached, 1)
+    train_repae.frozen_vae_phase(nets, parts)
+    metrics = train_repae.train_step(nets, u8_to_pm1(x_u8), y, draws, config, 0, cached)
+    return metrics, parts[0].z, nets
+
+
+@pytest.mark.parametrize("hflip", ["false", "true"])
+def test_a_step_from_the_cache_is_the_step_through_the_vae(images, vae, cache, hflip):
+    """Posteriors re-sampled with the step's noise, mirrored where it says so; float16 apart."""
+    flip = f"data.hflip={hflip}"
+    metrics, z, _ = one_step(config_of(images, vae, None, flip, "sit.optim.clip=0"), images)
+    ours, z_cached, _ = one_step(config_of(images, vae, cache, flip, "sit.optim.clip=0"), images)
+    torch.testing.assert_close(z_cached, z, rtol=2e-3, atol=2e-3)
+    for name in ("loss/sit/diffusion", "loss/sit/align", "grad_norm/sit"):
+        torch.testing.assert_close(ours[name], metrics[name], rtol=1e-2, atol=1e-3)
+
+
+def test_latents_are_drawn_anew_in_every_step(images, vae, cache):
+    config = config_of(images, vae, cache)
+    source = train_repae.join_cache(config, open_source("folder", images, 16))
+    _, y, *cached = torch.utils.data.default_collate([source[i] for i in range(8)])
+    x = torch.zeros(8, 3, 0, 0)
+    z = []
+    for step in (0, 1):
+        draws = draw(config, step, 0, (8, 4, 8, 8), torch.device("cpu"))
+        part = train_repae.make_parts(x, y, draws, cached, 1)
+        train_repae.frozen_vae_phase(None, part)
+        z.append(part[0].z)
+    std = cached[0][:, 0, 1].float()
+    assert ((z[0] - z[1]).abs() > 0.01 * std).float().mean() > 0.95
+
+
+def test_neither_vae_nor_encoder_runs_nor_is_an_image_read(images, vae, cache, monkeypatch):
+    config = config_of(images, vae, cache, "encoder.cached=true")
+    source = open_source("folder", images, 16)
+    examples = train_repae.join_cache(config, source)
+
+    def refuse(*_):
+        raise AssertionError("it ran")
+
+    monkeypatch.setattr("utils.build.load_encoder", refuse)
+    monkeypatch.setattr(type(source), "__getitem__", refuse)
+    accelerator = distributed.start(config.run_dir, [], tf32=False)
+    nets = build_nets(config, source, accelerator)
+    monkeypatch.setattr(nets.vae, "encode", refuse)
+    x_u8, y, *cached = torch.utils.data.default_collate([examples[i] for i in range(8)])
+    draws = draw(config, 0, 0, (8, 4, 8, 8), torch.device("cpu"))
+    metrics = train_repae.train_step(nets, u8_to_pm1(x_u8), y, draws, config, 0, cached)
+    assert metrics["loss/sit/align"].isfinite() and x_u8.numel() == 0
+
+
+def test_cached_tokens_are_those_of_the_encoder(images, vae, tmp_path, monkeypatch):
+    """Of the image and of its mirror image, to float16."""
+    net = timm.create_model("test_resnet", num_classes=0)
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    given = ["--encoders", "timm:test_resnet/16", "--encoder-weights", tmp_path / "net.safetensors"]
+    cache_here(monkeypatch, images, vae, tmp_path / "c", "--hflip", *given, "--encoder-grid", 4)
+    encoder = load_encoder("timm:test_resnet/16", tmp_path / "net.safetensors", 16, 4)
+    source = open_source("folder", images, 16)
+    x = u8_to_pm1(torch.stack([source[i][0] for i in range(NUM)]))
+    file = LatentCache(tmp_path / "c")
+    feats = torch.stack([file.read("features-0", i) for i in range(NUM)]).float()
+    assert file.encoder_dims() == (encoder.embed_dim,)
+    for copy, pixels in enumerate((x, x.flip(-1))):
+        torch.testing.assert_close(feats[:, copy], encoder(pixels), rtol=2e-3, atol=2e-3)
+
+
+def test_statistics_are_those_of_posterior_samples(images, vae, cache):
+    """In expectation; the latent norm of a run starts with them, and keeps them."""
+    file, net = LatentCache(cache), load_vae(str(vae))
+    mean, std = file.stats()
+    source = open_source("folder", images, 16)
+    x = u8_to_pm1(torch.stack([source[i][0] for i in range(NUM)]))
+    with torch.no_grad():
+        posterior = net.encode(torch.cat([x, x.flip(-1)]))
+    draws = torch.stack([posterior.sample().double() for _ in range(30)])
+    torch.testing.assert_close(draws.mean((0, 1, 3, 4)), mean, atol=5e-3, rtol=0)
+    torch.testing.assert_close(draws.std((0, 1, 3, 4)), std, atol=5e-3, rtol=0)
+    _, _, nets = one_step(config_of(images, vae, cache), images)
+    torch.testing.assert_close(nets.sit.bn.running_mean, mean.float())
+    torch.testing.assert_close(nets.sit.bn.running_var, std.float().square())
+
+
+def refusal(action) -> str:
+    with pytest.raises(UserError) as caught:
+        action()
+    return str(caught.value)
+
+
+def test_an_image_removed_or_added_is_refused_by_name(images, vae, cache, tmp_path):
+    names = sorted(p.relative_to(images) for p in images.rglob("*.png"))
+    for name in names[1:]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((images / name).read_bytes())
+    config = config_of(tmp_path, vae, cache)
+    text = refusal(lambda: train_repae.join_cache(config, open_source("folder", tmp_path, 16)))
+    assert f"latents without an image: 1 (first {names[0]})" in text and "40 images" in text
+    (tmp_path / "a" / "new.png").write_bytes((images / names[0]).read_bytes())
+    text = refusal(lambda: train_repae.join_cache(config, open_source("folder", tmp_path, 16)))
+    assert "images without latents: 1 (first a/new.png)" in text
+
+
+def test_other_pixels_under_the_same_names_are_refused(images, vae, cache, tmp_path):
+    for path in images.rglob("*.png"):
+        copy = tmp_path / path.relative_to(images)
+        copy.parent.mkdir(exist_ok=True)
+        picture = np.array(Image.open(path))
+        Image.fromarray(picture // 2).save(copy)
+    config = config_of(tmp_path, vae, cache)
+    text = refusal(lambda: train_repae.join_cache(config, open_source("folder", tmp_path, 16)))
+    assert "made from other images: the pixels of" in text
+
+
+def test_rows_follow_their_keys_not_their_order(images, vae, cache, tmp_path):
+    """The same images under the same keys, listed in another order."""
+    source = open_source("folder", images, 16)
+
+    class Shuffled:
+        num_classes, resolution, labels = 3, 16, None
+        order = np.random.RandomState(0).permutation(NUM).tolist()
+
+        def __len__(self):
+            return NUM
+
+        def __getitem__(self, i):
+            return source[self.order[i]]
+
+        def key(self, i):
+            return source.key(self.order[i])
+
+    config = config_of(images, vae, cache)
+    plain = CachedSource(source, LatentCache(cache), config)
+    shuffled = CachedSource(Shuffled(), LatentCache(cache), config)
+    for i in range(NUM):
+        for a, b in zip(shuffled[i], plain[Shuffled.order[i]]):
+            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def test_another_vae_is_refused_by_name(images, vae, cache, tmp_path):
+    torch.manual_seed(4)
+    build_vae("tiny-f2d4").save(tmp_path)
+    config = config_of(images, tmp_path, cache)
+    text = refusal(lambda: one_step(config, images))
+    assert "made with another VAE" in text and str(vae) in text and str(tmp_path) in text
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("data.resolution=32", "encoder.grid=8"), "resolution 16, but 32"),
+        (("encoder.cached=true", "encoder.grid=2"), "tokens"),
+        (("encoder.cached=true", "encoder.names=[timm:test_vit]"), "timm:test_vit"),
+    ],
+)
+def test_other_settings_are_refused(images, vae, cache, more, said):
+    config = config_of(images, vae, cache, *more)
+    resolution = config.data.resolution
+    source = open_source("folder", images, resolution)
+    assert said in refusal(lambda: train_repae.join_cache(config, source))
+
+
+def test_mirrored_training_needs_mirrored_copies(images, vae, tmp_path, monkeypatch):
+    cache_here(monkeypatch, images, vae, tmp_path / "c")
+    config = config_of(images, vae, tmp_path / "c", "data.hflip=true")
+    source = open_source("folder", images, 16)
+    assert "--hflip" in refusal(lambda: train_repae.join_cache(config, source))
+
+
+def test_unfinished_other_crop_and_cut_caches_are_refused(images, vae, tmp_path, monkeypatch):
+    out = tmp_path / "c"
+    cache_here(monkeypatch, images, vae, out)
+    meta = json.loads((out / "meta.json").read_text())
+    (out / "meta.json").write_text(json.dumps(meta | {"crop_version": "other"}))
+    assert "crop_version other" in refusal(lambda: LatentCache(out))
+    (out / "meta.json").write_text(json.dumps(meta))
+    with (out / "latents-00001.npy").open("r+b") as file:
+        file.truncate(500)
+    assert "latents-00001.npy is missing or cut short" in refusal(lambda: LatentCache(out))
+    (out / "meta.json").unlink()
+    assert "unfinished cache" in refusal(lambda: LatentCache(out))
+    cache_here(monkeypatch, images, vae, out)  # mends both
+    assert len(LatentCache(out)) == NUM
+
+
+def test_one_folder_never_mixes_two_caches(images, vae, tmp_path, monkeypatch):
+    cache_here(monkeypatch, images, vae, tmp_path / "c")
+    torch.manual_seed(4)
+    build_vae("tiny-f2d4").save(tmp_path / "other")
+    again = [
+        ((images, tmp_path / "other"), (), "vae_sha256"),
+        ((images, vae), ("--hflip",), "copies"),
+        ((images / "a", vae), (), "num_images"),
+    ]
+    for (path, net), more, named in again:
+        text = refusal(
+            lambda p=path, n=net, m=more: cache_here(monkeypatch, p, n, tmp_path / "c", *m)
+        )
+        assert f"was begun with {named}" in text
+
+
+def content(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".npy", ".txt")}
+
+
+def test_a_killed_run_goes_on_and_two_ranks_write_what_one_writes(
+    images, vae, tmp_path, monkeypatch
+):
+    """kill -9 while it writes; then two ranks finish: byte for byte the file of one undisturbed."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    slow = ("--batch-size", 1, "--shard-size", 4)
+    cache_here(monkeypatch, images, vae, whole, "--batch-size", 1, "--shard-size", 4)
+    command = [sys.executable, SCRIPT, *words(images, vae, killed, *slow)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not list(killed.glob("shard-*.json")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "meta.json").exists()
+    before = {p.name: p.stat().st_mtime_ns for p in killed.glob("shard-*.json")}
+    done = run_script(SCRIPT, *words(images, vae, killed, *slow), ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all((killed / name).stat().st_mtime_ns == t for name, t in before.items())
+    assert content(killed) == content(whole)
+    statistics = [json.loads((f / "meta.json").read_text()) for f in (whole, killed)]
+    assert [statistics[0][k] == statistics[1][k] for k in ("mean", "std", "shards")] == [True] * 3
+
+
+def test_disk_need_is_said_first_and_enforced(images, vae, tmp_path, monkeypatch, capsys):
+    """40 images x 2 copies x (2 x 4 x 8 x 8 latents + 16 x D tokens) x 2 bytes."""
+    cache_here(monkeypatch, images, vae, tmp_path / "c", "--hflip", *ENCODER, "--dry-run")
+    _, dim = encoder_shape("timm:test_resnet/16", 16, 4)
+    need = NUM * 2 * (2 * 4 * 8 * 8 + 16 * dim) * 2
+    assert f"{need / 2**20:.2f} MiB still to write" in capsys.readouterr().out
+    assert not (tmp_path / "c").exists()
+
+
+def test_training_from_the_cache_resumes_and_draws_pictures(images, vae, cache, tmp_path, capsys):
+    """The script itself: previews through the VAE, checkpoints, the record of the statistics."""
+    more = [f"data.latents={cache}", f"vae.name={vae}", "vae.weights=hub", "vae.train=false"]
+    more += ["data.source=folder", f"data.path={images}", "encoder.cached=true"]
+    more += ["preview.every=2", "preview.num=4", "preview.steps=2"]
+    assert train_here(tmp_path, *more, "run.steps=2") == 0
+    assert train_here(tmp_path, *more) == 0
+    run = tmp_path / "tiny"
+    assert (run / "samples" / "0000004.png").exists()
+    record = json.loads((run / "latent_stats.json").read_text())
+    assert str(cache) in record["origin"]
+    saved = load_vae(str(run / "checkpoints" / "0000004")).latent_stats()
+    expected = (LatentCache(cache).stats()[1].square() + 1e-4).sqrt().float()
+    torch.testing.assert_close(saved[1], expected)
+    assert train_here(tmp_path, *more, "vae.train=true") == 2
+    assert "data.latents" in capsys.readouterr().err
+
+
+def test_the_checksum_sees_every_pixel():
+    x = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    y = x.clone()
+    y[2, 3, 3] = 1
+    assert checksum(x) != checksum(y) and checksum(x) == checksum(x.clone())
