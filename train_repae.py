@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -27,11 +26,10 @@ from utils import cli, distributed, tracking
 from utils.build import Nets, build_nets, describe, save_nets
 from utils.checkpoint import Checkpoints, find_start
 from utils.config import Config, load_config, per_rank_batch, to_yaml
-from utils.data import Source, StepSampler, make_loader, open_source
 from utils.draws import Draws, draw
 from utils.ema import ema_decay, update_ema
+from utils.examples import join_cache, open_loader, open_training_data
 from utils.images import u8_to_pm1
-from utils.latents import CachedSource, LatentCache
 from utils.learner import only_training
 from utils.online_evaluation import OnlineEvaluation
 from utils.preview import Previewer
@@ -299,25 +297,6 @@ def print_plan(config: Config) -> None:
         print(f"{name:>16}: {value}")
 
 
-def open_training_data(config: Config) -> Source:
-    """The source that the config names; `UserError` if its classes are not the expected ones."""
-    d = config.data
-    source = open_source(d.source, d.path, d.resolution, d.split)
-    if d.num_classes not in (None, source.num_classes):
-        raise UserError(
-            f"data.num_classes={d.num_classes}, but the data has {source.num_classes}: "
-            "correct it, or set data.num_classes=null"
-        )
-    return source
-
-
-def join_cache(config: Config, source: Source) -> Source:
-    """The images with their cached latents, if the config names a cache."""
-    if config.data.latents is None:
-        return source
-    return CachedSource(source, LatentCache(Path(config.data.latents)), config)
-
-
 def train(config: Config, accelerator: distributed.Accelerator) -> None:
     """Train until `run.steps`, a signal, or a loss that is not finite."""
     run, rank, ranks = config.run, accelerator.process_index, accelerator.num_processes
@@ -349,20 +328,6 @@ def train(config: Config, accelerator: distributed.Accelerator) -> None:
             accelerator.print(f"\ntold to stop at step {step + 1}; run the same command to go on")
             break
     bar.close()
-
-
-def open_loader(config: Config, source, accelerator, first: int):
-    """Batches (x_u8, y) of this rank, from step `first` on."""
-    sampler = StepSampler(
-        len(source),
-        config.run.batch_size,
-        seed=config.run.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        start_step=first,
-        end_step=config.run.steps,
-    )
-    return make_loader(source, sampler, config.data.workers, accelerator.device.type == "cuda")
 
 
 class After:

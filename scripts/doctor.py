@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.errors import UserError
 from models.vae import VAES, wanted_vae
-from train_repae import join_cache, open_training_data, train_step
+from train_repae import train_step
 from utils import checks, cli, distributed, environment
 from utils.build import count
 from utils.checks import Case, Finding, fail, in_words, ok, warn
 from utils.config import Config, load_config
 from utils.data import Source
+from utils.examples import join_cache, open_training_data
 from utils.memory import GIB, RESERVE, Estimate, estimate, skeleton
 from utils.sources import FolderSource
 

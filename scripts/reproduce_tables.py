@@ -3,6 +3,7 @@
     python scripts/reproduce_tables.py list                      # rows, and what was measured
     python scripts/reproduce_tables.py command 7/init-400k       # train, sample, evaluate
     python scripts/reproduce_tables.py show --table 7 --out DIR  # Markdown and PNG
+    python scripts/reproduce_tables.py digits                    # the phenomenon on a CPU
 
 Published numbers: scripts/published.yaml. Measured ones: records of `evaluate_fid.py --out` under
 --results; one belongs to the row whose run and step its samples came from. A record of fewer
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.errors import UserError
 from models.vae import VAES
+from scripts import digits_experiment
 from utils import cli
 from utils.config import Config, load_config
 from utils.image_sets import sampling_settings
@@ -48,7 +50,8 @@ IRRELEVANT = {
     "run": {"name", "out", "seed", "steps", "accumulation", "compile", "gradient_checkpointing",
             "channels_last", "resume", "log_every", "save_every", "keep_last", "milestone_every",
             "trackers"},
-    "data": {"source", "path", "workers"},
+    "data": {"source", "path", "workers", "latents"},
+    "encoder": {"cached"},
     "preview": None,  # all of it
     "eval": None,
 }
@@ -105,7 +108,7 @@ def main() -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.split("\n")[0])
-    actions = parser.add_subparsers(required=True, metavar="list | command | show")
+    actions = parser.add_subparsers(required=True, metavar="list | command | show | digits")
     one = actions.add_parser("list", help="rows, with what has been measured")
     one.set_defaults(action=list_rows)
     two = actions.add_parser("command", help="the commands that make a row")
@@ -116,6 +119,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     three.add_argument("--table", help="one table only; default all")
     three.add_argument("--out", type=Path, help="folder for tables.md and table-T.png")
     three.set_defaults(action=show)
+    four = actions.add_parser("digits", help="the paper's phenomenon on 2 CPU cores")
+    digits_experiment.add_arguments(four)
+    four.set_defaults(action=lambda args, _: digits_experiment.main(args))
     for parser_of_results in (one, three):
         parser_of_results.add_argument("--results", type=Path, default=ROOT / "exps", metavar="DIR")
     return parser.parse_args(argv)
@@ -216,7 +222,8 @@ def print_commands(args: argparse.Namespace, tables: dict[str, dict]) -> None:
     print(f"# step {row.step:,}: {gpu_hours(config, row.step):,.0f} GPU-hours by FLOPs at least;")
     print(f"# the published runs trained in fp16, this one in {config.run.precision}")
     if config.uses_disc and config.vae.weights:
-        print("# and from a trained discriminator: disc.weights=FILE, if you have it")
+        print("# and from a trained discriminator: disc.weights=FILE, if you have it; else it can")
+        print("# learn first: disc.alone_steps=N, run.steps and the checkpoint larger by N")
     for command in words:
         print(shlex.join(command))
 

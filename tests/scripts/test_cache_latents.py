@@ -26,6 +26,7 @@ from utils import distributed
 from utils.build import build_nets
 from utils.data import open_source
 from utils.draws import draw
+from utils.examples import join_cache
 from utils.images import u8_to_pm1
 from utils.latents import CachedSource, LatentCache, checksum
 
@@ -89,7 +90,7 @@ def one_step(config, images):
     accelerator = distributed.start(config.run_dir, [], tf32=False)
     source = open_source("folder", images, 16)
     nets = build_nets(config, source, accelerator)
-    examples = train_repae.join_cache(config, source)
+    examples = join_cache(config, source)
     batch = torch.utils.data.default_collate([examples[i] for i in range(8)])
     x_u8, y, *cached = batch
     draws = draw(config, 0, 0, (8, 4, 8, 8), torch.device("cpu"))
@@ -112,7 +113,7 @@ def test_a_step_from_the_cache_is_the_step_through_the_vae(images, vae, cache, h
 
 def test_latents_are_drawn_anew_in_every_step(images, vae, cache):
     config = config_of(images, vae, cache)
-    source = train_repae.join_cache(config, open_source("folder", images, 16))
+    source = join_cache(config, open_source("folder", images, 16))
     _, y, *cached = torch.utils.data.default_collate([source[i] for i in range(8)])
     x = torch.zeros(8, 3, 0, 0)
     z = []
@@ -128,7 +129,7 @@ def test_latents_are_drawn_anew_in_every_step(images, vae, cache):
 def test_neither_vae_nor_encoder_runs_nor_is_an_image_read(images, vae, cache, monkeypatch):
     config = config_of(images, vae, cache, "encoder.cached=true")
     source = open_source("folder", images, 16)
-    examples = train_repae.join_cache(config, source)
+    examples = join_cache(config, source)
 
     def refuse(*_):
         raise AssertionError("it ran")
@@ -188,10 +189,10 @@ def test_an_image_removed_or_added_is_refused_by_name(images, vae, cache, tmp_pa
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((images / name).read_bytes())
     config = config_of(tmp_path, vae, cache)
-    text = refusal(lambda: train_repae.join_cache(config, open_source("folder", tmp_path, 16)))
+    text = refusal(lambda: join_cache(config, open_source("folder", tmp_path, 16)))
     assert f"latents without an image: 1 (first {names[0]})" in text and "40 images" in text
     (tmp_path / "a" / "new.png").write_bytes((images / names[0]).read_bytes())
-    text = refusal(lambda: train_repae.join_cache(config, open_source("folder", tmp_path, 16)))
+    text = refusal(lambda: join_cache(config, open_source("folder", tmp_path, 16)))
     assert "images without latents: 1 (first a/new.png)" in text
 
 
@@ -202,7 +203,7 @@ def test_other_pixels_under_the_same_names_are_refused(images, vae, cache, tmp_p
         picture = np.array(Image.open(path))
         Image.fromarray(picture // 2).save(copy)
     config = config_of(tmp_path, vae, cache)
-    text = refusal(lambda: train_repae.join_cache(config, open_source("folder", tmp_path, 16)))
+    text = refusal(lambda: join_cache(config, open_source("folder", tmp_path, 16)))
     assert "made from other images: the pixels of" in text
 
 
@@ -251,14 +252,14 @@ def test_other_settings_are_refused(images, vae, cache, more, said):
     config = config_of(images, vae, cache, *more)
     resolution = config.data.resolution
     source = open_source("folder", images, resolution)
-    assert said in refusal(lambda: train_repae.join_cache(config, source))
+    assert said in refusal(lambda: join_cache(config, source))
 
 
 def test_mirrored_training_needs_mirrored_copies(images, vae, tmp_path, monkeypatch):
     cache_here(monkeypatch, images, vae, tmp_path / "c")
     config = config_of(images, vae, tmp_path / "c", "data.hflip=true")
     source = open_source("folder", images, 16)
-    assert "--hflip" in refusal(lambda: train_repae.join_cache(config, source))
+    assert "--hflip" in refusal(lambda: join_cache(config, source))
 
 
 def test_unfinished_other_crop_and_cut_caches_are_refused(images, vae, tmp_path, monkeypatch):

@@ -1,0 +1,93 @@
+"""The digits experiment: arms that differ in what they name alone, and the command that runs them.
+
+python -m pytest tests/scripts/test_digits_experiment.py
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from PIL import Image
+
+from models.vae import build_vae
+from scripts import digits_experiment as digits
+from scripts.reproduce_tables import leaves
+from tests.tiny import ROOT
+from utils.config import load_config
+
+DIFFERENCES = {  # from REPA-E
+    "repae": set(),
+    "no-latent-norm": {"latent_norm.enabled"},
+    "naive": {"loss.diffusion.to_vae", "loss.align.vae"},
+    "repa": {"vae.train"},
+    "sit": {"vae.train", "loss.align.sit", "loss.align.vae"},
+}
+
+
+@pytest.mark.parametrize("arm", digits.ARMS)
+def test_an_arm_differs_from_repa_e_in_what_its_name_says(arm):
+    """So the same VAE, data order, noises, sizes and learning rates, by construction."""
+    configs = [load_config([ROOT / f"configs/digits/{name}.yaml"]) for name in ("repae", arm)]
+    ours, theirs = (dict(leaves(asdict(c))) for c in configs)
+    assert {k for k in ours if ours[k] != theirs[k]} - {"run.name"} == DIFFERENCES[arm]
+    assert theirs["vae.weights"] == str(digits.OUT / digits.STARTING_VAE)
+
+
+def test_the_starting_vae_is_the_one_that_is_made():
+    config = load_config([ROOT / "configs/digits/vae.yaml"])
+    made = config.run_dir / "checkpoints" / f"{config.run.steps:07d}" / "vae"
+    assert made == digits.OUT / digits.STARTING_VAE
+    assert not config.uses_encoder and not config.uses_disc and config.vae.train
+
+
+def test_table_and_plot_of_planted_numbers(tmp_path):
+    """Mean and both seeds; a band as wide as their range."""
+    step = dict.fromkeys([*digits.METRICS, "psnr"], 1.0)
+    runs = {s: {"100": step, "200": step | {"fd": 2.0 + s}} for s in (0, 1)}
+    text = digits.markdown(dict.fromkeys(digits.ARMS, runs))
+    assert text.count("| 2.5 (2, 3) |") == len(digits.ARMS) and "REPA-E, no latent norm" in text
+    digits.draw(dict.fromkeys(digits.ARMS, runs), tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").width > 1000
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Everything but its size: few steps, few samples, a random starting VAE."""
+    monkeypatch.chdir(tmp_path)
+    networks = {"encoder.safetensors": ("test_resnet", 64, 2, 0)}
+    networks["judge.safetensors"] = ("test_byobnet", 16, 2, 1)
+    monkeypatch.setattr(digits, "CLASSIFIERS", networks)
+    monkeypatch.setattr(digits, "NUM", 20)
+    torch.manual_seed(0)
+    mean, std = torch.zeros(4), torch.ones(4)
+    build_vae("tiny-f2d4").save(digits.OUT / digits.STARTING_VAE, mean, std)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return ["run.steps=2", "run.save_every=1", "run.milestone_every=1", "run.batch_size=8"]
+
+
+@pytest.mark.slow
+def test_the_command_trains_measures_and_goes_on(small, capsys):
+    """All five arms in small; called again it trains and measures nothing twice."""
+    args = argparse.Namespace(seeds=[0], jobs=2, overrides=small, dry_run=False)
+    digits.main(args)
+    found = json.loads((digits.OUT / "results.json").read_text())
+    assert set(found) == set(digits.ARMS)
+    for arm, runs in found.items():
+        assert list(runs["0"]) == ["1", "2"]
+        moved = runs["0"]["1"]["spatial_variance"] != runs["0"]["2"]["spatial_variance"]
+        assert moved == (arm not in ("repa", "sit"))  # a frozen VAE's latents stay
+        assert all(v["fd"] > 0 and 0 <= v["label_accuracy"] <= 1 for v in runs["0"].values())
+    assert (digits.OUT / "results.png").exists()
+    files = {p: p.stat().st_mtime_ns for p in digits.OUT.glob("*/progress.json")}
+    capsys.readouterr()
+    digits.main(args)
+    assert {p: p.stat().st_mtime_ns for p in files} == files
+    assert (digits.OUT / "results.md").read_text() in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_named_with_its_log(small):
+    args = argparse.Namespace(seeds=[0], jobs=1, overrides=["run.no=1"], dry_run=False)
+    with pytest.raises(digits.UserError, match=r"repae-seed0.*failed: see exps/digits/repae-seed0"):
+        digits.main(args)
