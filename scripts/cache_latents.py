@@ -49,6 +49,7 @@ from utils.resumable import (
     TEXT,
     check_disk,
     check_plan,
+    format_size,
     list_keys,
     locked,
     write_json,
@@ -64,13 +65,13 @@ def main() -> None:
     source = cli.open_source_of(args)
     layout = plan_layout(args)
     work = Work(args.out, len(source), args.shard_size, layout)
-    main_first(state, lambda: check_disk(args.out, work.bytes_to_write()), share=True)
+    main_first(state, lambda: announce(work), share=True)
     if args.dry_run:
         return
     nets = main_first(state, lambda: load(args, state.device))
     with ExitStack() as stack:
         plan = make_plan(source, nets, layout) | {"shard_size": args.shard_size}
-        todo = main_first(state, lambda: begin(work, plan, stack), share=True)
+        todo = main_first(state, lambda: begin(work, plan, source, stack), share=True)
         write_shards(work, todo[state.process_index :: state.num_processes], source, nets, args)
         state.wait_for_everyone()
         if state.is_main_process:
@@ -88,7 +89,9 @@ def parse_args() -> argparse.Namespace:
     add("--encoders", nargs="+", default=[], metavar="NAME", help="cache their tokens, too")
     add("--encoder-weights", nargs="+", default=[], metavar="FILE", help="one for each; published")
     add("--encoder-grid", type=cli.positive, metavar="N", help="tokens a side; resolution / 16")
-    add("--precision", choices=list(DTYPES), default="fp32", help="of the networks; kept in fp16")
+    add(
+        "--precision", choices=list(DTYPES), default="fp32", help="fp32: TF32 on GPUs; kept in fp16"
+    )
     add("--batch-size", type=cli.positive, default=32, help="images per rank and network call")
     add("--shard-size", type=cli.positive, default=4096, help="images; what a kill can cost a rank")
     add("--workers", type=int, default=8, help="loader processes per rank")
@@ -162,6 +165,14 @@ class Work:
         return images * sum(map(self.row_bytes, self.shapes))
 
 
+def announce(work: Work) -> None:
+    """Say the size of each array, of what is missing, and the room for it, before anything else."""
+    for name, shape in work.shapes.items():
+        size = format_size(work.num_images * work.row_bytes(name))
+        print(f"{name}: {work.num_images:,} x {' x '.join(map(str, shape))} in float16, {size}")
+    check_disk(work.out, work.bytes_to_write())
+
+
 def make_plan(source: Source, nets: "Networks", layout: dict) -> dict:
     """What must not change between two runs that share an OUT."""
     keys = "".join(f"{key}\n" for key in list_keys(source))
@@ -179,16 +190,33 @@ def make_plan(source: Source, nets: "Networks", layout: dict) -> dict:
     }
 
 
-def begin(work: Work, plan: dict, stack: ExitStack) -> list[int]:
+def begin(work: Work, plan: dict, source: Source, stack: ExitStack) -> list[int]:
     """Take the folder; return the shards to write."""
     work.out.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(work.out))
     check_plan(work.out, plan)
     todo = work.unfinished()
+    check_pixels(work, source, todo)
     if todo:
         (work.out / META).unlink(missing_ok=True)
         write_json(work.out / PLAN, plan)
     return todo
+
+
+def check_pixels(work: Work, source: Source, todo: list[int]) -> None:
+    """`UserError` where a finished shard is of other images under the same names: its first one
+    is compared."""
+    for shard in sorted(set(work.shards) - set(todo)):
+        first = work.images(shard)[0]
+        if read_record(work, shard)["checksums"][0] != checksum(source[first][0]):
+            raise UserError(
+                f"{work.out} was begun with other images: the pixels of {source.key(first)} "
+                "differ; use the same images, or another OUT"
+            )
+
+
+def read_record(work: Work, shard: int) -> dict:
+    return json.loads(work.record(shard).read_text())
 
 
 # --------------------------------------------------------------------------------------
@@ -256,7 +284,7 @@ def write_shard(work: Work, shard: int, parts: Iterator[Tensor], nets: Networks,
         rows = nets.rows(x_u8, work.layout["copies"])
         for array, row in zip(arrays, rows):
             array[at] = row.numpy()
-        moments.add(*check_finite(rows[0], work).flatten(0, 1).unbind(1))
+        moments.add(*check_finite(rows[0]).flatten(0, 1).unbind(1))
         checksums += map(checksum, x_u8)
         bar.update(len(x_u8))
     for array, (name, draft) in zip(arrays, drafts.items()):
@@ -266,7 +294,7 @@ def write_shard(work: Work, shard: int, parts: Iterator[Tensor], nets: Networks,
     write_json(work.record(shard), {"moments": moments.sums.tolist(), "checksums": checksums})
 
 
-def check_finite(latents: Tensor, work: Work) -> Tensor:
+def check_finite(latents: Tensor) -> Tensor:
     if not latents.isfinite().all():
         raise UserError("a latent is not finite in float16: the VAE does not fit these images, or "
                         "needs --precision fp32")  # fmt: skip
@@ -275,7 +303,7 @@ def check_finite(latents: Tensor, work: Work) -> Tensor:
 
 def finish(work: Work, source: Source, meta: dict) -> str:
     """Join the shards' records, write meta.json last, and return the line to print."""
-    records = [json.loads(work.record(shard).read_text()) for shard in work.shards]
+    records = [read_record(work, shard) for shard in work.shards]
     moments = ChannelMoments(work.layout["latent_shape"][0])
     moments.sums += sum(torch.tensor(r["moments"], dtype=torch.float64) for r in records)
     mean, std = moments.result()

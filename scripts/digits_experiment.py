@@ -24,6 +24,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -83,10 +84,10 @@ def main(args: argparse.Namespace) -> None:
             pool.shutdown(cancel_futures=True)
     found = {arm: {seed: read_progress(arm, seed) for seed in args.seeds} for arm in ARMS}
     write_atomically(OUT / "results.json", json.dumps(found, indent=1) + "\n")
-    table = markdown(found)
-    write_atomically(OUT / "results.md", table)
+    text = markdown(found)
+    write_atomically(OUT / "results.md", text)
     draw(found, OUT / "results.png")
-    print(f"\n{table}\n{OUT}/results.png  results.md  results.json")
+    print(f"\n{text}\n{OUT}/results.png  results.md  results.json")
     print(f"{(time.monotonic() - start) / 60:.1f} min in this call")
 
 
@@ -213,24 +214,25 @@ Found = dict[str, dict[int, dict[str, dict[str, float]]]]  # arm => seed => step
 
 
 def markdown(found: Found) -> str:
-    """The last step's metrics: mean over seeds, and the value of each seed."""
-    head = [
-        "arm",
-        "Frechet distance",
-        "label accuracy",
-        "spatial variance",
-        "total variation",
-        "PSNR",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for arm, runs in found.items():
-        last = [list(steps.values())[-1] for steps in runs.values()]
-        cells = [cell([values[name] for values in last]) for name in (*METRICS, "psnr")]
-        lines.append(f"| {' | '.join([ARMS[arm], *cells])} |")
-    return "\n".join(lines) + "\n"
+    """All figures at the last step, and two of them at every step: the mean over seeds, and in
+    brackets each seed."""
+    head = ["arm", "Frechet distance", "label accuracy", "spatial variance", "total variation"]
+    names, steps = [*METRICS, "psnr"], list(next(iter(next(iter(found.values())).values())))
+    rows = [[cell(found[arm], steps[-1], name) for name in names] for arm in found]
+    pages = [table([*head, "PSNR of the VAE, dB"], found, rows)]
+    for name in ("fd", "label_accuracy"):
+        rows = [[cell(found[arm], step, name) for step in steps] for arm in found]
+        pages.append(table([f"{METRICS[name][0]}, step", *steps], found, rows))
+    return "\n".join(pages)
 
 
-def cell(values: list[float]) -> str:
+def table(head: list[str], found: Found, rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([ARMS[arm], *row] for arm, row in zip(found, rows))]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cell(runs: dict[int, dict[str, dict[str, float]]], step: str, name: str) -> str:
+    values = [run[step][name] for run in runs.values()]
     each = ", ".join(f"{v:.3g}" for v in values)
     return f"{statistics.fmean(values):.3g} ({each})" if len(values) > 1 else each
 
@@ -248,6 +250,9 @@ def draw(found: Found, path: Path) -> None:
             low, high = [min(v) for v in values], [max(v) for v in values]
             axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
         axis.set(title=title, xlabel="step", yscale=scale)
+        if scale == "log":
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(ARMS), frameon=False)

@@ -205,6 +205,11 @@ def test_other_pixels_under_the_same_names_are_refused(images, vae, cache, tmp_p
     config = config_of(tmp_path, vae, cache)
     text = refusal(lambda: join_cache(config, open_source("folder", tmp_path, 16)))
     assert "made from other images: the pixels of" in text
+    again = words(tmp_path, vae, cache, "--hflip", *ENCODER)
+    with pytest.MonkeyPatch.context() as patch:  # a random encoder's weights would differ first
+        patch.setattr(cache_latents, "check_plan", lambda *_: None)
+        patch.setattr(sys, "argv", [SCRIPT, *again])
+        assert "was begun with other images" in refusal(cache_latents.main)
 
 
 def test_rows_follow_their_keys_not_their_order(images, vae, cache, tmp_path):

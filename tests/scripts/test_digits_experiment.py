@@ -47,7 +47,8 @@ def test_table_and_plot_of_planted_numbers(tmp_path):
     step = dict.fromkeys([*digits.METRICS, "psnr"], 1.0)
     runs = {s: {"100": step, "200": step | {"fd": 2.0 + s}} for s in (0, 1)}
     text = digits.markdown(dict.fromkeys(digits.ARMS, runs))
-    assert text.count("| 2.5 (2, 3) |") == len(digits.ARMS) and "REPA-E, no latent norm" in text
+    assert text.count("| 2.5 (2, 3) |") == 2 * len(digits.ARMS)  # at the end, and over steps
+    assert "REPA-E, no latent norm" in text and "| 100 | 200 |" in text
     digits.draw(dict.fromkeys(digits.ARMS, runs), tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 1000
 
