@@ -82,7 +82,7 @@ def train_step(
     if config.vae.train:
         metrics = vae_phase(nets, parts, config, step)
         if nets.disc:
-            metrics |= discriminator_phase(nets, parts, config, step)
+            metrics |= discriminator_phase(nets, parts, config, step + config.disc.alone_steps)
     else:
         metrics = frozen_vae_phase(nets, parts)
     metrics |= sit_phase(nets, parts, config, step)

@@ -41,6 +41,7 @@ from utils.latents import (
     row_shapes,
     shard_name,
     weights_digest,
+    weights_id,
 )
 from utils.learner import DTYPES
 from utils.resumable import (
@@ -100,6 +101,7 @@ def parse_args() -> argparse.Namespace:
     if len(args.encoder_weights) not in (0, len(args.encoders)):
         given = len(args.encoder_weights)
         raise UserError(f"--encoder-weights has {given} files for {len(args.encoders)} --encoders")
+    args.encoder_weights = args.encoder_weights or [None] * len(args.encoders)
     return args
 
 
@@ -112,9 +114,9 @@ def plan_layout(args: argparse.Namespace) -> dict:
     with torch.device("meta"):
         latent = build_vae(args.vae).latent_shape(args.resolution)
     encoders = []
-    for name in args.encoders:
+    for name, file in zip(args.encoders, args.encoder_weights):
         grid, dim = encoder_shape(name, args.resolution, args.encoder_grid)
-        encoders.append({"name": name, "shape": [grid**2, dim]})
+        encoders.append({"name": name, "shape": [grid**2, dim], "weights": weights_id(file)})
     layout = {"copies": 1 + args.hflip, "latent_shape": list(latent), "encoders": encoders}
     return layout | {"resolution": args.resolution, "precision": args.precision}
 
@@ -246,10 +248,9 @@ class Networks:
 
 
 def load(args: argparse.Namespace, device: torch.device) -> Networks:
-    files = args.encoder_weights or [None] * len(args.encoders)
     encoders = [
         load_encoder(name, file, args.resolution, args.encoder_grid).to(device)
-        for name, file in zip(args.encoders, files)
+        for name, file in zip(args.encoders, args.encoder_weights)
     ]
     vae = load_vae(args.vae, args.vae_weights).to(device).eval().requires_grad_(False)
     return Networks(vae, encoders, args.precision, device)
@@ -282,9 +283,10 @@ def write_shard(work: Work, shard: int, parts: Iterator[Tensor], nets: Networks,
     for x_u8 in parts:
         at = slice(len(checksums), len(checksums) + len(x_u8))
         rows = nets.rows(x_u8, work.layout["copies"])
-        for array, row in zip(arrays, rows):
+        for name, array, row in zip(work.shapes, arrays, rows):
+            check_finite(name, row)
             array[at] = row.numpy()
-        moments.add(*check_finite(rows[0]).flatten(0, 1).unbind(1))
+        moments.add(*rows[0].flatten(0, 1).unbind(1))
         checksums += map(checksum, x_u8)
         bar.update(len(x_u8))
     for array, (name, draft) in zip(arrays, drafts.items()):
@@ -294,11 +296,10 @@ def write_shard(work: Work, shard: int, parts: Iterator[Tensor], nets: Networks,
     write_json(work.record(shard), {"moments": moments.sums.tolist(), "checksums": checksums})
 
 
-def check_finite(latents: Tensor) -> Tensor:
-    if not latents.isfinite().all():
-        raise UserError("a latent is not finite in float16: the VAE does not fit these images, or "
-                        "needs --precision fp32")  # fmt: skip
-    return latents
+def check_finite(name: str, rows: Tensor) -> None:
+    if not rows.isfinite().all():
+        raise UserError(f"{name} are not finite in float16: the network does not fit these images, "
+                        "or needs --precision fp32")  # fmt: skip
 
 
 def finish(work: Work, source: Source, meta: dict) -> str:

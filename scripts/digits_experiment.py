@@ -34,6 +34,8 @@ from models.vae import VAE, load_vae
 from scripts import train_classifier
 from utils import cli
 from utils.checkpoint import Checkpoints, write_atomically
+from utils.checks import changed_settings
+from utils.config import load_config
 from utils.data import open_source
 from utils.evaluation import Options, evaluate
 from utils.feature_stats import Ranks
@@ -69,11 +71,14 @@ NUM, CHUNK = 1000, 100  # samples of one measurement, and of one network call
 
 def main(args: argparse.Namespace) -> None:
     """Train what is missing, measure what is new, show it all."""
+    args.seeds = list(dict.fromkeys(args.seeds))
     start, pairs = time.monotonic(), [(arm, seed) for arm in ARMS for seed in args.seeds]
     if args.dry_run:
         for arm, seed in pairs:
             print(shlex.join(["python", *train_command(arm, seed, args.overrides)]))
         return
+    for pair in pairs:
+        refuse_other_settings(*pair, args.overrides)
     prepare()
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(train_and_measure, *pair, args) for pair in pairs]
@@ -93,7 +98,9 @@ def main(args: argparse.Namespace) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="N")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, the cores shared")
+    parser.add_argument(
+        "--jobs", type=cli.positive, default=2, help="runs at a time, the cores shared"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every arm")
 
@@ -116,6 +123,17 @@ def prepare() -> None:
 def train_command(arm: str, seed: int, overrides: list[str]) -> list[str]:
     words = [f"run.name={run_name(arm, seed)}", f"run.seed={seed}", *overrides]
     return ["train_repae.py", "--config", f"configs/digits/{arm}.yaml", *words]
+
+
+def refuse_other_settings(arm: str, seed: int, overrides: list[str]) -> None:
+    """What was trained otherwise is no result of this command."""
+    _, _, config, *words = train_command(arm, seed, overrides)
+    changed = changed_settings(load_config([ROOT / config], words))
+    if changed:
+        raise UserError(
+            f"{OUT / run_name(arm, seed)} was trained with {', '.join(changed)}: delete {OUT}, or "
+            "move it away"
+        )
 
 
 def train_and_measure(arm: str, seed: int, args: argparse.Namespace) -> None:
@@ -261,4 +279,6 @@ def draw(found: Found, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: measure_run(Path(sys.argv[1])))  # in a process of its own: see `run`
+    parser = cli.Parser(description="Measure one run; everything: reproduce_tables.py digits")
+    parser.add_argument("folder", type=Path, help="exps/digits/ARM-seedN")
+    cli.run(lambda: measure_run(parser.parse_args().folder))

@@ -25,6 +25,8 @@ from utils.latents import weights_digest
 
 def main() -> None:
     args = parse_args()
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     source = cli.open_source_of(args)
     vae = load_vae(args.vae, args.vae_weights).eval().requires_grad_(False)
     num = min(args.num or len(source), len(source))

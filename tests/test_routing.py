@@ -212,7 +212,8 @@ def test_the_gan_term_starts_at_its_step():
 def test_the_discriminator_trains_alone_first():
     """disc.alone_steps: nothing else moves, statistics and EMA included; then the joint step is
     that of a run without such a phase, its counters (warm-up, gan_start) beginning there."""
-    more = ("disc.alone_steps=2", "loss.reg.gan_start=1", "sit.optim.warmup_steps=10")
+    more = ["disc.alone_steps=2", "loss.reg.gan_start=1"]
+    more += [f"{net}.optim.warmup_steps=10" for net in ("sit", "disc")]
     config = tiny_config(*more)
     nets, _ = start(config)
     others = {"vae": nets.vae, "sit": nets.sit, "ema": nets.ema}
@@ -226,12 +227,15 @@ def test_the_discriminator_trains_alone_first():
         assert all(torch.equal(v, before[name][n]) for n, v in net.state_dict().items())
     joint = [train_repae.train_step(nets, *batch(config, s), config, s) for s in (2, 3)]
     assert ["loss/vae/gan" in m for m in joint] == [False, True]
-    assert nets.learn["sit"].opt.param_groups[0]["lr"] == pytest.approx(2 / 10 * 1e-3)
+    lrs = [nets.learn[name].opt.param_groups[0]["lr"] for name in ("sit", "disc")]
+    assert lrs == pytest.approx([2 / 10 * 1e-3, 4 / 10 * 1e-4])  # the second counts all four steps
 
 
 def test_a_lonely_discriminator_needs_one():
     with pytest.raises(UserError, match=r"disc.alone_steps=2, but no discriminator trains"):
         tiny_config("disc.alone_steps=2", "loss.reg.gan=0")
+    with pytest.raises(UserError, match=r"disc.alone_steps=4 of run.steps=4 leave none"):
+        tiny_config("disc.alone_steps=4")
 
 
 def test_networks_are_frozen_outside_their_phase():

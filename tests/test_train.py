@@ -63,6 +63,17 @@ def test_channels_last_saves_and_resumes(tmp_path, capsys):
     assert "step 4 of 4 is done" in capsys.readouterr().out
 
 
+def test_a_new_run_may_add_a_discriminator_to_a_checkpoint_without_one(tmp_path, capsys):
+    """run.init_from of a run without GAN; the run itself cannot go on with one."""
+    assert train_here(tmp_path, "run.steps=2", "loss.reg.gan=0") == 0
+    origin = tmp_path / "tiny" / "checkpoints" / "0000002"
+    assert train_here(tmp_path) == 2
+    assert "has no discriminator" in capsys.readouterr().err
+    more = ("run.name=next", f"run.init_from={origin}", "disc.alone_steps=1", "run.steps=2")
+    assert train_here(tmp_path, *more) == 0
+    assert (tmp_path / "next/checkpoints/0000002/discriminator.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_a_compiled_run_agrees_with_an_eager_one(tmp_path):
     """Through inductor on the CPU; two steps, losses to 1 %."""

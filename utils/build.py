@@ -66,7 +66,7 @@ def build_nets(
         net = load_lpips(c.loss.reg.lpips_weights) if c.vae.train and c.loss.reg.lpips else None
     disc = _seeded(c, "disc", lambda: build_disc(c)).to(device) if c.uses_disc else None
     lecam = LeCam().to(device) if c.uses_disc and c.loss.reg.lecam else None
-    cache = open_cache_of(vae, c)
+    cache = open_cache_of(vae, c, origin)
     dims = tuple(encoder.embed_dim for encoder in encoders)
     if c.uses_encoder and c.encoder.cached:
         dims = cache.encoder_dims()
@@ -79,7 +79,7 @@ def build_nets(
     nets = Nets(vae, sit, disc, encoders, net, lecam, precision=c.run.precision)
     nets.starting_stats = start
     if origin is not None:
-        load_weights(nets, origin)
+        load_weights(nets, origin, goes_on=checkpoint is not None)
     set_up(nets, c, accelerator)
     nets.ema = make_ema(sit)
     if origin is not None:
@@ -181,12 +181,12 @@ def build_sit(c: Config, vae: VAE, num_classes: int, encoder_dims: tuple[int, ..
     )
 
 
-def open_cache_of(vae: VAE, c: Config) -> LatentCache | None:
+def open_cache_of(vae: VAE, c: Config, origin: Path | None) -> LatentCache | None:
     """The cached latents of the config; `UserError` if another VAE made them."""
     if not c.data.latents:
         return None
     cache = LatentCache(Path(c.data.latents))
-    cache.check_vae(vae, c.vae.name)
+    cache.check_vae(vae, str(origin / "vae") if origin else c.vae.name)
     return cache
 
 
@@ -229,14 +229,15 @@ def save_nets(nets: Nets, folder: Path) -> None:
     torch.save(optim, folder / "optim.pt")
 
 
-def load_weights(nets: Nets, folder: Path) -> None:
-    """Raw SiT and discriminator of a checkpoint (its VAE was loaded when it was built)."""
+def load_weights(nets: Nets, folder: Path, goes_on: bool) -> None:
+    """Raw SiT and discriminator of a checkpoint (its VAE was loaded when it was built). A new run
+    may have a discriminator where the checkpoint that it starts from has none."""
     _load_strictly(nets.sit, SiT.from_pretrained(folder / "sit").state_dict(), "sit")
     if nets.disc:
         path = folder / "discriminator.safetensors"
         if path.is_file():
             _load_strictly(nets.disc, load_file(path), "discriminator")
-        elif (folder / "optim.pt").is_file():  # it trained without; an imported one may lack it
+        elif goes_on:
             raise UserError(f"{folder} has no discriminator: set loss.reg.gan=0, or a new run.name")
 
 

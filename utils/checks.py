@@ -27,7 +27,7 @@ from utils.checkpoint import STATE, Checkpoints, choose_start
 from utils.config import Config, per_rank_batch
 from utils.data import PREFETCH, Source
 from utils.features import require_weights
-from utils.memory import GIB, checkpoint_bytes
+from utils.memory import GIB, cached_rows, checkpoint_bytes
 from utils.reference import Reference
 
 BIG = 10**8  # parameters; more do not train on a CPU
@@ -107,7 +107,7 @@ def check_workers(case: Case) -> Iterator[Finding]:
     if not workers:
         yield ok("images are read in the training process (data.workers=0)")
         return
-    batch = 3 * c.data.resolution**2 * max(1, c.run.batch_size // case.ranks)  # bytes
+    batch = example_bytes(case) * max(1, c.run.batch_size // case.ranks)
     need, free = workers * PREFETCH * batch, environment.free_shared_memory()
     text = f"{ranks} rank(s) x data.workers={c.data.workers}, {in_words(need)} of batches ahead"
     if free is not None and need > free:
@@ -120,6 +120,13 @@ def check_workers(case: Case) -> Iterator[Finding]:
         yield warn(f"{text}, on {cores} CPU cores: set data.workers={max(1, cores // ranks)}")
     else:
         yield ok(f"{text}; {cores} CPU cores, {in_words(environment.free_ram())} RAM free")
+
+
+def example_bytes(case: Case) -> int:
+    """Of one example as a loader hands it over: the image, or what is cached in its place too."""
+    c = case.config
+    cached = cached_rows(case.nets, c, 1) if case.nets else []
+    return 3 * c.data.resolution**2 + sum(rows.nbytes for rows in cached)
 
 
 def in_words(size: float) -> str:
@@ -147,10 +154,10 @@ def check_unlearned_disc(case: Case) -> Iterator[Finding]:
     """A random discriminator would teach a pretrained VAE from the first step on."""
     c = case.config
     late = c.disc.weights or c.disc.alone_steps or c.loss.reg.gan_start
-    if c.uses_disc and c.vae.weights and not late and not case.start:
+    if c.uses_disc and c.vae.weights and not late and not brings_disc(case.start):
         yield warn(
             "it is random, and a pretrained VAE learns from it at once: set disc.weights=FILE, or "
-            "let it learn first: disc.alone_steps=2000, or loss.reg.gan_start=2000",
+            "let it learn first by disc.alone_steps or loss.reg.gan_start, a few thousand steps",
             "disc",
         )
 
@@ -165,10 +172,14 @@ def wanted_files(case: Case) -> Iterator[tuple[str, Callable[[], Wanted | None]]
         yield "encoder", lambda pair=pair: wanted_encoder(*pair)
     if c.vae.train and c.loss.reg.lpips:
         yield "lpips", lambda: wanted_vgg(c.loss.reg.lpips_weights)
-    if c.uses_disc and not start:
+    if c.uses_disc and not brings_disc(start):
         yield "disc", lambda: wanted_disc(c.disc.weights)
     if c.eval.every:
         yield "eval", lambda: wanted_by_eval(c)
+
+
+def brings_disc(start: Path | None) -> bool:
+    return start is not None and (start / "discriminator.safetensors").is_file()
 
 
 def wanted_disc(weights: str | None) -> Wanted | None:

@@ -126,3 +126,8 @@ def _loss_faults(c: "Config"):
         f"disc.alone_steps={c.disc.alone_steps}, but no discriminator trains: set vae.train=true "
         "and loss.reg.gan above 0, or disc.alone_steps=0",
     )
+    yield (
+        c.disc.alone_steps >= c.run.steps,
+        f"disc.alone_steps={c.disc.alone_steps} of run.steps={c.run.steps} leave none for VAE and "
+        "SiT: lower the first, or raise the second",
+    )

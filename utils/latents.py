@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.errors import UserError
 from models.vae import VAE
+from utils.checkpoint import sha256_file
 from utils.config import Config
 from utils.data import Source
 from utils.images import CROP_VERSION
@@ -26,6 +27,7 @@ from utils.sources import read_json
 CACHE_FORMAT = "repae-latents-1"
 KEYS, CHECKSUMS = "keys.txt", "checksums.npy"
 CHECKED_IMAGES = 32  # whose pixels are compared at the start of a run
+OPEN_FILES = 256  # memory maps of one process: each holds a file descriptor
 NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)  # where nothing looks at the image
 
 
@@ -33,9 +35,12 @@ class LatentCache:
     """A finished cache; `UserError` if it is unfinished, damaged, or of another crop or format."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.expanduser()
+        if not self.folder.is_dir():
+            raise UserError(f"data.latents={folder}: no such folder; correct the path, or make it "
+                            "with scripts/cache_latents.py")  # fmt: skip
         again = "an unfinished cache: run the same cache_latents.py command again"
-        self.meta = read_json(folder / META, again)
+        self.meta = read_json(self.folder / META, again)
         for name, wanted in (("format", CACHE_FORMAT), ("crop_version", CROP_VERSION)):
             self._expect(name, self.meta.get(name), wanted)
         self._ends = np.cumsum(self.meta["shards"], dtype=np.int64)
@@ -57,6 +62,8 @@ class LatentCache:
         """(F, ...) float16."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
         if (name, shard) not in self._arrays:
+            if len(self._arrays) >= OPEN_FILES:
+                del self._arrays[next(iter(self._arrays))]
             file = self.folder / shard_name(name, shard)
             self._arrays[name, shard] = np.load(file, mmap_mode="r")
         start = self._ends[shard - 1] if shard else 0
@@ -87,9 +94,10 @@ class LatentCache:
                             "again with --hflip, or set data.hflip=false")  # fmt: skip
         if c.encoder.cached and c.uses_encoder:
             side = c.encoder.grid or c.data.resolution // 16
-            wanted = [(name, side**2) for name in c.encoder.names]
-            held = [(e["name"], e["shape"][0]) for e in self.meta["encoders"]]
-            self._expect("features (encoder, tokens)", held, wanted)
+            files = c.encoder.weights or [None] * len(c.encoder.names)
+            wanted = [[n, side**2, weights_id(file)] for n, file in zip(c.encoder.names, files)]
+            held = [[e["name"], e["shape"][0], e["weights"]] for e in self.meta["encoders"]]
+            self._expect("features [encoder, tokens, weights]", held, wanted)
 
     def join(self, source: Source) -> np.ndarray:
         """(N,) int64: the row of each image of `source`, which must be the images of the cache."""
@@ -176,6 +184,15 @@ def shard_name(array: str, shard: int) -> str:
 def checksum(x_u8: Tensor) -> int:
     """CRC-32 of the pixels."""
     return zlib.crc32(x_u8.contiguous().numpy())
+
+
+def weights_id(file: str | None) -> str:
+    """What tells an encoder's weight file: its sha256, `published`, or `random`."""
+    if file in (None, "random"):
+        return file or "published"
+    if not Path(file).is_file():
+        raise UserError(f"encoder.weights={file}: no such file")
+    return sha256_file(Path(file))
 
 
 def weights_digest(net: nn.Module) -> str:

@@ -234,7 +234,8 @@ def _waiting_bytes(nets: Nets, c: Config) -> int:
     channels, height, width = nets.vae.latent_shape(c.data.resolution)
     images = (3 if c.vae.train else 2) * 3 * c.data.resolution**2
     tokens = sum(encoder.grid**2 * encoder.embed_dim for encoder in nets.encoders)
-    return 4 * (images + 4 * channels * height * width + tokens)
+    cached = sum(rows.numel() for rows in cached_rows(nets, c, 1))  # as loaded, and in float32
+    return 4 * (images + 4 * channels * height * width + tokens + cached)
 
 
 @contextmanager

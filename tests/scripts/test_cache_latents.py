@@ -251,6 +251,7 @@ def test_another_vae_is_refused_by_name(images, vae, cache, tmp_path):
         (("data.resolution=32", "encoder.grid=8"), "resolution 16, but 32"),
         (("encoder.cached=true", "encoder.grid=2"), "tokens"),
         (("encoder.cached=true", "encoder.names=[timm:test_vit]"), "timm:test_vit"),
+        (("encoder.cached=true", "encoder.weights=[]"), "'published'"),
     ],
 )
 def test_other_settings_are_refused(images, vae, cache, more, said):
@@ -258,6 +259,16 @@ def test_other_settings_are_refused(images, vae, cache, more, said):
     resolution = config.data.resolution
     source = open_source("folder", images, resolution)
     assert said in refusal(lambda: join_cache(config, source))
+
+
+def test_few_files_are_open_at_a_time(images, vae, cache, monkeypatch):
+    """Every memory map holds a file descriptor, and ImageNet has hundreds of shards."""
+    monkeypatch.setattr("utils.latents.OPEN_FILES", 2)
+    few, many = LatentCache(cache), LatentCache(cache)
+    for row in (0, 39, 17, 1, 38):
+        assert torch.equal(few.read("latents", row), many.read("latents", row))
+        assert torch.equal(few.read("features-0", row), many.read("features-0", row))
+        assert len(few._arrays) <= 2
 
 
 def test_mirrored_training_needs_mirrored_copies(images, vae, tmp_path, monkeypatch):
@@ -279,6 +290,7 @@ def test_unfinished_other_crop_and_cut_caches_are_refused(images, vae, tmp_path,
     assert "latents-00001.npy is missing or cut short" in refusal(lambda: LatentCache(out))
     (out / "meta.json").unlink()
     assert "unfinished cache" in refusal(lambda: LatentCache(out))
+    assert "no such folder; correct the path" in refusal(lambda: LatentCache(out / "typo"))
     cache_here(monkeypatch, images, vae, out)  # mends both
     assert len(LatentCache(out)) == NUM
 

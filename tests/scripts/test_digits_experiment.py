@@ -15,7 +15,7 @@ from models.vae import build_vae
 from scripts import digits_experiment as digits
 from scripts.reproduce_tables import leaves
 from tests.tiny import ROOT
-from utils.config import load_config
+from utils.config import load_config, to_yaml
 
 DIFFERENCES = {  # from REPA-E
     "repae": set(),
@@ -88,7 +88,18 @@ def test_the_command_trains_measures_and_goes_on(small, capsys):
     assert (digits.OUT / "results.md").read_text() in capsys.readouterr().out
 
 
+def test_results_of_other_settings_are_not_taken_for_these(small):
+    """A finished run would end at once, whatever is asked for now."""
+    overrides = ["run.name=repae-seed0", "loss.align.vae=0"]
+    config = load_config([ROOT / "configs/digits/repae.yaml"], overrides)
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    args = argparse.Namespace(seeds=[0], jobs=1, overrides=[], dry_run=False)
+    with pytest.raises(digits.UserError, match=r"was trained with loss.align.vae=0"):
+        digits.main(args)
+
+
 def test_a_run_that_fails_is_named_with_its_log(small):
-    args = argparse.Namespace(seeds=[0], jobs=1, overrides=["run.no=1"], dry_run=False)
+    args = argparse.Namespace(seeds=[0], jobs=1, overrides=["encoder.weights=[no]"], dry_run=False)
     with pytest.raises(digits.UserError, match=r"repae-seed0.*failed: see exps/digits/repae-seed0"):
         digits.main(args)
