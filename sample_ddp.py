@@ -76,18 +76,10 @@ def parse_args() -> argparse.Namespace:
     add("--checkpoint", type=Path, required=True, help="folder with sit_ema/ and vae/")
     add("--out", type=Path, required=True, help=".npz to write")
     add("--num-samples", type=int, default=50_000)
-    add("--solver", choices=SOLVERS, default="sde")
-    add("--steps", type=int, default=250)
-    add("--cfg-scale", type=float, default=1.0, help="1 = no guidance")
-    add("--guidance-low", type=float, default=0.0, help="guide from this t (0 = data) ...")
-    add("--guidance-high", type=float, default=1.0, help="... to this t (1 = noise)")
-    add("--timestep-shift", type=float, default=1.0, help="above 1: more steps near the noise")
+    add_sampling_arguments(parser)
     add("--path", choices=PATHS, help="interpolant; default: that of the run")
-    add("--class-balanced", action="store_true", help="n/classes images of each class, not random")
-    add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=64, help="images per rank and network call")
     add("--decode-batch-size", type=int, default=16, help="images the VAE decodes at a time")
-    add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the SiT; the VAE is fp32")
     add("--tf32", action="store_true", help="TF32 in what is float32, as the published samples")
     add("--uint8", choices=("round", "truncate"), default="round", help="truncate = as published")
     add("--compile", action="store_true", help="torch.compile the SiT")
@@ -95,6 +87,20 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     check(args)
     return args
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the pixels depend on beside the weights, as published."""
+    add = parser.add_argument
+    add("--solver", choices=SOLVERS, default="sde")
+    add("--steps", type=int, default=250)
+    add("--cfg-scale", type=float, default=1.0, help="1 = no guidance")
+    add("--guidance-low", type=float, default=0.0, help="guide from this t (0 = data) ...")
+    add("--guidance-high", type=float, default=1.0, help="... to this t (1 = noise)")
+    add("--timestep-shift", type=float, default=1.0, help="above 1: more steps near the noise")
+    add("--class-balanced", action="store_true", help="labels 0, 1, 2, ... in turn, not random")
+    add("--seed", type=int, default=0)
+    add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the SiT; the VAE is fp32")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -71,8 +71,7 @@ def main() -> None:
         return
     nets = main_first(state, lambda: load(args, state.device))
     with ExitStack() as stack:
-        plan = make_plan(source, nets, layout) | {"shard_size": args.shard_size}
-        todo = main_first(state, lambda: begin(work, plan, source, stack), share=True)
+        plan, todo = main_first(state, lambda: begin(work, source, nets, stack), share=True)
         write_shards(work, todo[state.process_index :: state.num_processes], source, nets, args)
         state.wait_for_everyone()
         if state.is_main_process:
@@ -116,7 +115,7 @@ def plan_layout(args: argparse.Namespace) -> dict:
     encoders = []
     for name, file in zip(args.encoders, args.encoder_weights):
         grid, dim = encoder_shape(name, args.resolution, args.encoder_grid)
-        encoders.append({"name": name, "shape": [grid**2, dim], "weights": weights_id(file)})
+        encoders.append({"name": name, "shape": [grid**2, dim], "weights": weights_id(name, file)})
     layout = {"copies": 1 + args.hflip, "latent_shape": list(latent), "encoders": encoders}
     return layout | {"resolution": args.resolution, "precision": args.precision}
 
@@ -175,25 +174,27 @@ def announce(work: Work) -> None:
     check_disk(work.out, work.bytes_to_write())
 
 
-def make_plan(source: Source, nets: "Networks", layout: dict) -> dict:
+def make_plan(work: Work, source: Source, nets: "Networks") -> dict:
     """What must not change between two runs that share an OUT."""
     keys = "".join(f"{key}\n" for key in list_keys(source))
     encoders = [
         entry | {"sha256": weights_digest(net)}
-        for entry, net in zip(layout["encoders"], nets.encoders)
+        for entry, net in zip(work.layout["encoders"], nets.encoders)
     ]
-    return layout | {
+    return work.layout | {
         "format": CACHE_FORMAT,
         "crop_version": CROP_VERSION,
         "num_images": len(source),
         "keys_sha256": hashlib.sha256(keys.encode(*TEXT)).hexdigest(),
         "vae_sha256": weights_digest(nets.vae),
         "encoders": encoders,
+        "shard_size": work.shard_size,
     }
 
 
-def begin(work: Work, plan: dict, source: Source, stack: ExitStack) -> list[int]:
-    """Take the folder; return the shards to write."""
+def begin(work: Work, source: Source, nets: "Networks", stack: ExitStack) -> tuple[dict, list[int]]:
+    """Take the folder; return its plan and the shards to write."""
+    plan = make_plan(work, source, nets)
     work.out.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(work.out))
     check_plan(work.out, plan)
@@ -202,7 +203,7 @@ def begin(work: Work, plan: dict, source: Source, stack: ExitStack) -> list[int]
     if todo:
         (work.out / META).unlink(missing_ok=True)
         write_json(work.out / PLAN, plan)
-    return todo
+    return plan, todo
 
 
 def check_pixels(work: Work, source: Source, todo: list[int]) -> None:

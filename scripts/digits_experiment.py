@@ -36,7 +36,6 @@ from utils import cli
 from utils.checkpoint import Checkpoints, write_atomically
 from utils.checks import changed_settings
 from utils.config import load_config
-from utils.data import open_source
 from utils.evaluation import Options, evaluate
 from utils.feature_stats import Ranks
 from utils.generate import Sampling, draw_images, draw_labels
@@ -179,8 +178,7 @@ class Ruler:
         self.options = Options(network, ("fid",), cache=OUT / "statistics")
         self.ranks = Ranks(distributed=False)
         self.net = self.options.load(self.ranks)
-        source = open_source("digits", None, 16, "train")
-        self.x_u8 = torch.stack([source[i][0] for i in range(len(source))])
+        self.x_u8, _ = train_classifier.read_all("digits", None, 16, "train")
 
     @torch.no_grad()
     def measure(self, checkpoint: Path) -> dict[str, float]:

@@ -32,7 +32,7 @@ from models.errors import UserError
 from models.vae import VAES
 from scripts import digits_experiment
 from utils import cli
-from utils.config import Config, load_config
+from utils.config import Config, flat, load_config
 from utils.image_sets import sampling_settings
 from utils.report import PAPER_SIZE
 
@@ -317,11 +317,11 @@ def training_differences(config: Config, checkpoint: Path) -> Iterator[str]:
     """Where the run's saved settings are not those of the row's config."""
     saved = ROOT / checkpoint.parents[1] / "config.yaml"
     try:
-        trained = dict(leaves(asdict(load_config([saved]))))
+        trained = flat(asdict(load_config([saved])))
     except UserError:
         yield "training settings unknown"
         return
-    for name, value in leaves(asdict(config)):
+    for name, value in flat(asdict(config)).items():
         if trained.get(name) != value and not irrelevant(*name.split(".", 1)):
             yield f"trained with {name}={trained.get(name)}, not {value}"
 
@@ -329,14 +329,6 @@ def training_differences(config: Config, checkpoint: Path) -> Iterator[str]:
 def irrelevant(group: str, name: str) -> bool:
     names = IRRELEVANT.get(group, set())
     return names is None or name in names
-
-
-def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 # --------------------------------------------------------------------------------------

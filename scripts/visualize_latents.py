@@ -40,7 +40,6 @@ from utils.images import pm1_to_u8, u8_to_pm1
 from utils.labelled_grid import Row, draw_grid
 from utils.metrics import LatentStatistics
 from utils.pca import Basis, fit_basis, to_rows
-from utils.samplers import SOLVERS
 from utils.shards import read_record
 
 CHUNK = 16  # images encoded, or sampled, at a time
@@ -84,15 +83,8 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
     add("--run", type=Path, action="append", default=[], metavar="exps/NAME",
         help="all its whole checkpoints, by step; may be given several times")  # fmt: skip
     add("--num", type=cli.positive, default=8, help="images of each: 0, 1, ... of sample_ddp.py")
-    add("--seed", type=int, default=0)
-    add("--solver", choices=SOLVERS, default="ode-ab2")
-    add("--steps", type=int, default=50)
-    add("--cfg-scale", type=float, default=2.0, help="1 = no guidance")
-    add("--guidance-low", type=float, default=0.0, help="guide from this t (0 = data) ...")
-    add("--guidance-high", type=float, default=1.0, help="... to this t (1 = noise)")
-    add("--timestep-shift", type=float, default=1.0)
-    add("--class-balanced", action="store_true", help="labels 0, 1, 2, ..., not random ones")
-    add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the SiT; the VAE is fp32")
+    sample_ddp.add_sampling_arguments(parser)
+    parser.set_defaults(solver="ode-ab2", steps=50, cfg_scale=2.0)
     add("--out", type=Path, required=True, help=".png to write")
 
 

@@ -42,13 +42,7 @@ CLASSES = 8
 BOTH = ["sde", pytest.param("ode-heun", marks=pytest.mark.slow)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes that are started: sums of several threads round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -76,8 +76,9 @@ def build_nets(
         start = starting_stats(vae, source, c, accelerator, cache)
         sit.bn.set_stats(torch.tensor(start["mean"]), torch.tensor(start["std"]))
     net = net.to(device) if net else None
-    nets = Nets(vae, sit, disc, encoders, net, lecam, precision=c.run.precision)
-    nets.starting_stats = start
+    nets = Nets(
+        vae, sit, disc, encoders, net, lecam, precision=c.run.precision, starting_stats=start
+    )
     if origin is not None:
         load_weights(nets, origin, goes_on=checkpoint is not None)
     set_up(nets, c, accelerator)
@@ -128,15 +129,11 @@ def load_encoders(c: Config, device: torch.device) -> list[Encoder]:
     if not c.uses_encoder or c.encoder.cached:
         return []
     files = c.encoder.weights or [None] * len(c.encoder.names)
-    grid = encoder_grid(c)
+    grid = c.encoder_grid
     return [
         load_encoder(name, file, c.data.resolution, grid).to(device)
         for name, file in zip(c.encoder.names, files)
     ]
-
-
-def encoder_grid(c: Config) -> int:
-    return c.encoder.grid or c.data.resolution // 16
 
 
 def build_disc(c: Config) -> PatchGAN:
@@ -161,9 +158,9 @@ def build_sit(c: Config, vae: VAE, num_classes: int, encoder_dims: tuple[int, ..
             f"{c.vae.name} at {c.data.resolution} px: choose another sit.size or sit.patch_size"
         )
     grid = height // shape["patch_size"]
-    if encoder_dims and encoder_grid(c) != grid:
+    if encoder_dims and c.encoder_grid != grid:
         raise UserError(
-            f"the SiT has {grid}x{grid} tokens, the encoder {encoder_grid(c)}x{encoder_grid(c)}: "
+            f"the SiT has {grid}x{grid} tokens, the encoder {c.encoder_grid}x{c.encoder_grid}: "
             f"choose another sit.size, or set encoder.grid={grid}"
         )
     return SiT(
@@ -279,7 +276,7 @@ def describe(c: Config, source: Source | None, ranks: int) -> dict[str, str]:
     """What a run will be, before anything is loaded: tokens, parameters, steps per epoch."""
     with torch.device("meta"):
         vae = build_vae(c.vae.name)
-        shapes = [encoder_shape(n, c.data.resolution, encoder_grid(c)) for n in c.encoder.names]
+        shapes = [encoder_shape(n, c.data.resolution, c.encoder_grid) for n in c.encoder.names]
         dims = tuple(dim for _, dim in shapes) if c.uses_encoder else ()
         classes = source.num_classes if source else c.data.num_classes or 1000
         sit = build_sit(c, vae, classes, dims)

@@ -24,11 +24,12 @@ from models.wanted import Wanted
 from utils import environment
 from utils.build import Nets, count
 from utils.checkpoint import STATE, Checkpoints, choose_start
-from utils.config import Config, per_rank_batch
+from utils.config import Config, flat, per_rank_batch
 from utils.data import PREFETCH, Source
 from utils.features import require_weights
 from utils.memory import GIB, cached_rows, checkpoint_bytes
 from utils.reference import Reference
+from utils.resumable import free_disk
 
 BIG = 10**8  # parameters; more do not train on a CPU
 FREE_TO_CHANGE = ("run.steps", "run.out", "run.resume", "run.init_from")  # when a run goes on
@@ -281,17 +282,10 @@ def changed_settings(c: Config) -> list[str]:
     return [f"{k}={old[k]} (now {new[k]})" for k in keys]
 
 
-def flat(tree, prefix: str = "") -> dict:
-    """Nested dictionaries => {"a.b.c": value}."""
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {k: v for name, part in tree.items() for k, v in flat(part, f"{prefix}{name}.").items()}
-
-
 def check_disk(case: Case) -> Iterator[Finding]:
     """Room for the checkpoints that the run will keep, one being written included."""
     run, out = case.config.run, case.config.run_dir
-    place, free = environment.free_disk(out)
+    place, free = free_disk(out)
     if not os.access(place, os.W_OK):
         yield fail(f"no right to write in {place}: choose another run.out")
     if case.nets is None:

@@ -241,6 +241,11 @@ class Config:
         return self.loss.align.sit > 0
 
     @property
+    def encoder_grid(self) -> int:
+        """Tokens per side."""
+        return self.encoder.grid or self.data.resolution // 16
+
+    @property
     def uses_disc(self) -> bool:
         return self.vae.train and self.loss.reg.gan > 0
 
@@ -296,6 +301,13 @@ def _one_line(error: OmegaConfBaseException) -> str:
 def to_yaml(config: Config) -> str:
     """Every field, also those at their defaults."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def flat(tree, prefix: str = "") -> dict:
+    """Nested dictionaries => {"a.b.c": value}."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for name, part in tree.items() for k, v in flat(part, f"{prefix}{name}.").items()}
 
 
 def per_rank_batch(config: Config, ranks: int) -> int:

@@ -73,12 +73,6 @@ def free_shared_memory() -> int | None:
     return shutil.disk_usage(place).free if place.is_dir() else None
 
 
-def free_disk(path: Path) -> tuple[Path, int]:
-    """The nearest existing folder to `path`, and the free bytes there."""
-    place = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
-    return place, shutil.disk_usage(place).free
-
-
 def why_unreachable(url: str) -> str | None:
     """Why a download of `url` would fail; None if it would begin. Fetches no content."""
     if not url.startswith(constants.ENDPOINT):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.encoders import wanted_encoder
 from models.errors import UserError
 from models.vae import VAE
 from utils.checkpoint import sha256_file
@@ -93,9 +94,9 @@ class LatentCache:
             raise UserError(f"data.hflip=true, but {self.folder} holds no mirrored copies: cache "
                             "again with --hflip, or set data.hflip=false")  # fmt: skip
         if c.encoder.cached and c.uses_encoder:
-            side = c.encoder.grid or c.data.resolution // 16
             files = c.encoder.weights or [None] * len(c.encoder.names)
-            wanted = [[n, side**2, weights_id(file)] for n, file in zip(c.encoder.names, files)]
+            pairs = zip(c.encoder.names, files)
+            wanted = [[name, c.encoder_grid**2, weights_id(name, file)] for name, file in pairs]
             held = [[e["name"], e["shape"][0], e["weights"]] for e in self.meta["encoders"]]
             self._expect("features [encoder, tokens, weights]", held, wanted)
 
@@ -186,13 +187,11 @@ def checksum(x_u8: Tensor) -> int:
     return zlib.crc32(x_u8.contiguous().numpy())
 
 
-def weights_id(file: str | None) -> str:
+def weights_id(name: str, file: str | None) -> str:
     """What tells an encoder's weight file: its sha256, `published`, or `random`."""
     if file in (None, "random"):
         return file or "published"
-    if not Path(file).is_file():
-        raise UserError(f"encoder.weights={file}: no such file")
-    return sha256_file(Path(file))
+    return sha256_file(wanted_encoder(name, file).path)
 
 
 def weights_digest(net: nn.Module) -> str:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from loss.reconstruction import LeCam
 from models.encoders import load_encoder
 from models.vae import build_vae
-from utils.build import Nets, build_disc, build_sit, count, encoder_grid, set_up
+from utils.build import Nets, build_disc, build_sit, count, set_up
 from utils.config import Config
 from utils.draws import Draws
 from utils.ema import make_ema
@@ -99,7 +99,7 @@ def skeleton(c: Config, num_classes: int) -> Nets:
     not meet. Weights that do not fit, or are not there, do not matter here."""
     with torch.device("meta"):
         vae = build_vae(c.vae.name)
-        names, grid = c.encoder.names if c.uses_encoder else [], encoder_grid(c)
+        names, grid = c.encoder.names if c.uses_encoder else [], c.encoder_grid
         encoders = [load_encoder(n, "random", c.data.resolution, grid) for n in names]
         sit = build_sit(c, vae, num_classes, tuple(e.embed_dim for e in encoders))
         encoders = [] if c.encoder.cached else encoders

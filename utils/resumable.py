@@ -32,12 +32,17 @@ def check_plan(out: Path, plan: dict) -> None:
 
 def check_disk(out: Path, need: int) -> None:
     """Say how many bytes are to come, and how many there is room for; `UserError` if too few."""
-    existing = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
-    free = shutil.disk_usage(existing).free
+    existing, free = free_disk(out)
     sizes = f"{format_size(need)} still to write, {format_size(free)} free at {existing}"
     print(sizes, flush=True)
     if need > free:
         raise UserError(f"not enough disk: {sizes}; free some or choose another OUT")
+
+
+def free_disk(path: Path) -> tuple[Path, int]:
+    """The nearest existing folder to `path`, and the free bytes there."""
+    place = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+    return place, shutil.disk_usage(place).free
 
 
 def format_size(num_bytes: int) -> str:

@@ -13,9 +13,8 @@ from PIL import Image
 
 from models.vae import build_vae
 from scripts import digits_experiment as digits
-from scripts.reproduce_tables import leaves
 from tests.tiny import ROOT
-from utils.config import load_config, to_yaml
+from utils.config import flat, load_config, to_yaml
 
 DIFFERENCES = {  # from REPA-E
     "repae": set(),
@@ -30,7 +29,7 @@ DIFFERENCES = {  # from REPA-E
 def test_an_arm_differs_from_repa_e_in_what_its_name_says(arm):
     """So the same VAE, data order, noises, sizes and learning rates, by construction."""
     configs = [load_config([ROOT / f"configs/digits/{name}.yaml"]) for name in ("repae", arm)]
-    ours, theirs = (dict(leaves(asdict(c))) for c in configs)
+    ours, theirs = (flat(asdict(c)) for c in configs)
     assert {k for k in ours if ours[k] != theirs[k]} - {"run.name"} == DIFFERENCES[arm]
     assert theirs["vae.weights"] == str(digits.OUT / digits.STARTING_VAE)
 

@@ -297,7 +297,7 @@ def test_a_full_disk_fails_and_the_advice_lowers_the_need(quick, monkeypatch):
     _, found = quick(*words, "run.keep_last=3")
     each = float(re.search(r"3 \+ 1 checkpoints of (\d+) MiB", only(found, "disk")[1]).group(1))
     room = int(3.5 * each * 2**20)
-    monkeypatch.setattr(environment, "free_disk", lambda path: (Path("/"), room))
+    monkeypatch.setattr(checks, "free_disk", lambda path: (Path("/"), room))
     code, found = quick(*words, "run.keep_last=3")
     assert code == 2 and "lower run.keep_last=3" in only(found, "disk")[1]
     code, found = quick(*words, "run.keep_last=2")

@@ -102,7 +102,7 @@ FACTS = {
 
 @pytest.mark.parametrize("row", TRAINED, ids=lambda row: row.name)
 def test_the_config_of_a_row_says_what_the_row_is(row):
-    known = dict(tables.leaves(tables.asdict(row.load())))
+    known = tables.flat(tables.asdict(row.load()))
     wanted = {}
     for pattern, facts in FACTS.items():
         if re.match(pattern, row.name):

@@ -26,13 +26,7 @@ CELL, GAP = 96, 3  # of the pictures below: their images are 16 or 32 px
 SAMPLING = ("--precision", "fp32", "--steps", "3")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the process of a script: sums of several threads round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def awake(name: str, seed: int, strength: float = 0.05):
