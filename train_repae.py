@@ -2,135 +2,139 @@
 
     accelerate launch train_repae.py --config configs/imagenet256/repae-sdvae-xl2.yaml run.seed=1
 
-The same command again goes on from the newest checkpoint. Baselines are configs: `vae.train=false`
-is REPA, with `loss.align.sit=0` plain SiT; `loss.diffusion.to_vae=true` is naive end-to-end.
+The same command again continues from the newest checkpoint. Baselines are settings:
+`vae.train=false` is REPA, with `loss.align.sit=0` plain SiT; `loss.diffusion.vae=1` is naive
+end-to-end training.
 
 x image in [-1, 1] (N, 3, H, W), z latent (N, C, h, w), t time (0 data, 1 noise), eps noise,
-v velocity, y label, feats frozen-encoder tokens (N, T, D_enc), h SiT tokens, projected alike.
+v velocity, y label, feats encoder features (N, T, D_enc), h projected SiT tokens, same shape.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
+
+from utils import cli
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    cli.add_config_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and exit")
+    return cli.parse_with_overrides(parser, argv)
+
+
+if __name__ == "__main__":
+    cli.answer_help(parse_args)  # before the imports below, which take seconds
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
+from loss import gan
 from loss import reconstruction as rec
 from loss.alignment import alignment_loss, spatial_normalize
 from loss.diffusion import velocity_loss
 from loss.interpolant import interpolate
-from models.errors import UserError
-from utils import cli, distributed, tracking
-from utils.build import Nets, build_nets, describe, save_nets
+from utils import distributed
 from utils.checkpoint import Checkpoints, find_start
-from utils.config import Config, load_config, per_rank_batch, to_yaml
-from utils.draws import Draws, draw
-from utils.ema import ema_decay, update_ema
-from utils.examples import join_cache, open_loader, open_training_data
-from utils.images import u8_to_pm1
-from utils.learner import only_training
-from utils.online_evaluation import OnlineEvaluation
-from utils.preview import Previewer
+from utils.config import Config, load_config
+from utils.config.schema import LossConfig, RegConfig, per_rank_batch
+from utils.data.training import join_cache, open_loader, open_training_data
+from utils.training import tracking
+from utils.training.batch import Batch, make_batch, to_device
+from utils.training.draws import Draws, draw
+from utils.training.ema import ema_decay
+from utils.training.metric_averages import MetricAverages
+from utils.training.networks import Networks, build_networks
+from utils.training.online_evaluation import OnlineEvaluation
+from utils.training.periodic import PeriodicTasks
+from utils.training.plan import check_shapes, print_plan
+from utils.training.trained_network import only_training
 
 # --------------------------------------------------------------------------------------
 # The method: one step, three phases.
 
 
-@dataclass
-class Part:
-    """One micro-batch, and what one phase leaves for the next."""
-
-    x: torch.Tensor  # (N, 3, H, W) in [-1, 1]
-    y: torch.Tensor  # (N,) int64
-    draws: Draws
-    posterior: torch.Tensor | None = None  # cached (N, 2, C, h, w): mean and std
-    feats: list[torch.Tensor] = field(default_factory=list)  # of the frozen encoders
-    z: torch.Tensor | None = None  # set by the VAE phase, detached
-    x_hat: torch.Tensor | None = None  # set by the VAE phase, detached
-
-
 def train_step(
-    nets: Nets,
-    x: torch.Tensor,
-    y: torch.Tensor,
+    nets: Networks,
+    x: Tensor,
+    y: Tensor,
     draws: Draws,
     config: Config,
     step: int,
-    cached: Sequence[torch.Tensor] = (),
-) -> dict[str, torch.Tensor]:
+    cached: Sequence[Tensor] = (),
+) -> dict[str, Tensor]:
     """One optimizer step of every network that trains; returns scalars, still on the device.
 
     x (N, 3, H, W) in [-1, 1], y (N,); `cached`, if anything: latents (N, F, 2, C, h, w), and tokens
     (N, F, T, D) for each encoder, both with F copies, the second mirrored.
 
-    Which loss may touch which network is the whole idea (tests/test_routing.py checks each cell):
+    L_REG regularises the VAE, L_REPA aligns SiT tokens with the features of frozen encoders, L_DIFF
+    is the error of the velocity. Which loss may touch which network is the whole idea
+    (tests/test_routing.py checks each cell):
 
       term                         VAE  SiT+proj  disc    t, eps      latents entering the SiT
       L_REG = pixel+LPIPS+KL+GAN   yes  -         frozen  -           -
       align.vae * L_REPA           yes  frozen    -       drawn here  z, running stats, all labels
-      hinge                        -    -         yes     -           x_hat.detach()
+      discriminator loss           -    -         yes     -           x_hat.detach()
       L_DIFF + align.sit * L_REPA  no   yes       -       the same    z.detach(), batch stats,
                                                                       labels dropped
     """
-    parts = make_parts(x, y, draws, cached, config.run.accumulation)
-    if step < config.disc.alone_steps:
-        return discriminator_alone(nets, parts, config, step)
-    step -= config.disc.alone_steps
-    encode_targets(nets, parts, config)
+    loss, metrics = config.loss, {}
+    batches = make_batch(x, y, draws, cached, config.data.hflip).split(config.run.accumulation)
+    if step < config.disc.pretrain_steps:
+        x_hat = reconstruct(nets, batches)
+        return discriminator_phase(nets, batches, x_hat, loss.reg.lecam, step)
+    # warm-ups of VAE and SiT, gan_start and the EMA count from here
+    joint_step = step - config.disc.pretrain_steps
+    batches = [with_targets(nets, batch, loss.align.spatial_norm) for batch in batches]
     if config.vae.train:
-        metrics = vae_phase(nets, parts, config, step)
+        z, x_hat, metrics = vae_phase(nets, batches, loss, joint_step)
         if nets.disc:
-            metrics |= discriminator_phase(nets, parts, config, step + config.disc.alone_steps)
+            metrics |= discriminator_phase(nets, batches, x_hat.detach(), loss.reg.lecam, step)
     else:
-        metrics = frozen_vae_phase(nets, parts)
-    metrics |= sit_phase(nets, parts, config, step)
-    update_ema(nets.ema, nets.sit, ema_decay(step, config.ema.decay, config.ema.warmup))
+        z = encode_frozen(nets, batches)
+    metrics |= sit_phase(nets, batches, z.detach(), loss, joint_step)
+    nets.update_ema(ema_decay(joint_step, config.ema.decay, config.ema.warmup))
     return metrics
 
 
-def make_parts(x, y, draws: Draws, cached: Sequence[torch.Tensor], k: int) -> list[Part]:
-    """The micro-batches, mirrored where `draws.flip` says so."""
-    x = torch.where(draws.flip[:, None, None, None], x.flip(-1), x)
-    parts = [Part(*p) for p in zip(x.chunk(k), y.chunk(k), draws.split(k))]
-    if cached:
-        rows = torch.arange(len(y), device=y.device)
-        posterior, *feats = (c[rows, draws.flip.long()].float() for c in cached)
-        for part, p, *f in zip(parts, posterior.chunk(k), *(f.chunk(k) for f in feats)):
-            part.posterior, part.feats = p, f
-    return parts
-
-
 @torch.no_grad()
-def encode_targets(nets: Nets, parts: list[Part], config: Config) -> None:
-    """What the SiT's tokens are aligned with."""
-    alpha = config.loss.align.spatial_norm
-    for part in parts:
-        with nets.autocast():
-            part.feats = part.feats or [encoder(part.x) for encoder in nets.encoders]
-        if alpha:
-            part.feats = [spatial_normalize(f, alpha) for f in part.feats]
+def with_targets(nets: Networks, batch: Batch, spatial_norm: float) -> Batch:
+    """Compute the encoders' patch features, the targets of the alignment loss, unless cached."""
+    with nets.autocast():
+        feats = batch.feats or [encoder(batch.x) for encoder in nets.encoders]
+    if spatial_norm:
+        feats = [spatial_normalize(f, spatial_norm) for f in feats]
+    return replace(batch, feats=feats)
 
 
-def vae_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict[str, torch.Tensor]:
-    """L_REG + align.vae * L_REPA into the VAE alone."""
-    vae, total = nets.learn["vae"], Sums(len(parts))
-    nets.sit.eval()  # running statistics in the latent norm
-    with only_training(vae):
-        for part in vae.micro_batches(parts):
+def vae_phase(
+    nets: Networks, batches: list[Batch], loss: LossConfig, step: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """L_REG + align.vae * L_REPA into the VAE alone; returns z and x_hat, as they were before this
+    update and without their graphs, and metrics."""
+    trained, averages, outputs = nets.trained["vae"], MetricAverages(len(batches)), []
+    # running statistics in the latent norm, as in sampling: images do not touch each other's z
+    nets.sit.eval()
+    with only_training(trained):
+        for batch in trained.micro_batches(batches):
             with nets.autocast():
-                posterior, z, x_hat = vae.ddp(part.x, part.draws.posterior_noise)
-            terms = regularisation_terms(nets, part.x, x_hat, posterior, config, step)
-            terms |= terms_through_sit(nets, part, z, config)
-            vae.backward(total.add(terms))
-            part.z, part.x_hat = z.detach(), x_hat.detach()
-    return total.metrics("vae") | {"grad_norm/vae": vae.step(step)}
+                posterior, z, x_hat = trained.ddp(batch.x, batch.draws.posterior_noise)
+            terms = regularization_terms(nets, batch.x, x_hat, posterior, loss.reg, step)
+            terms |= terms_through_sit(nets, batch, z, loss)
+            trained.backward(averages.add_losses(terms))
+            outputs.append((z.detach(), x_hat.detach()))  # the graph of this micro-batch is freed
+    z, x_hat = (torch.cat(parts) for parts in zip(*outputs))
+    return z, x_hat, averages.metrics("vae") | {"grad_norm/vae": trained.step(step)}
 
 
-def regularisation_terms(nets: Nets, x, x_hat, posterior, config: Config, step: int) -> dict:
+def regularization_terms(
+    nets: Networks, x: Tensor, x_hat: Tensor, posterior, reg: RegConfig, step: int
+) -> dict[str, tuple[float, Tensor]]:
     """L_REG as {name: (weight, value)}, in float32."""
-    reg = config.loss.reg
     terms = {"pixel": (reg.pixel, rec.pixel_loss(x_hat, x, reg.pixel_kind))}
     terms["kl"] = (reg.kl, rec.kl_loss(posterior.mean, posterior.logvar))
     if nets.lpips:
@@ -138,114 +142,98 @@ def regularisation_terms(nets: Nets, x, x_hat, posterior, config: Config, step: 
         terms["lpips"] = (reg.lpips, value)
     if nets.disc and step >= reg.gan_start:
         (logits,) = nets.disc(x_hat.float())
-        terms["gan"] = (reg.gan, rec.generator_loss(logits))
+        terms["gan"] = (reg.gan, gan.generator_loss(logits))
     return terms
 
 
-def terms_through_sit(nets: Nets, part: Part, z: torch.Tensor, config: Config) -> dict:
-    """What reaches the VAE through the frozen SiT: L_REPA; for naive end-to-end L_DIFF as well."""
-    align = config.loss.align.vae if part.feats else 0.0
-    naive = config.loss.diffusion.to_vae
-    if not (align or naive):
+def terms_through_sit(
+    nets: Networks, batch: Batch, z: Tensor, loss: LossConfig
+) -> dict[str, tuple[float, Tensor]]:
+    """What reaches the VAE through the frozen SiT: L_REPA; in naive end-to-end training L_DIFF as
+    well."""
+    align, diffusion = (loss.align.vae if batch.feats else 0.0), loss.diffusion.vae
+    if not (align or diffusion):
         return {}
-    d = part.draws
-    x_t, v = interpolate(nets.sit.normalize(z), d.eps, d.t, config.loss.diffusion.path)
+    d = batch.draws
+    x_t, v = interpolate(nets.sit.normalize(z), d.eps, d.t, loss.diffusion.path)
     with nets.autocast():
-        v_hat, h = nets.sit(x_t, d.t, part.y, stop_at_align=not naive)
-    terms = {"align": (align, alignment_loss(h, part.feats))} if align else {}
-    return terms | ({"diffusion": (1.0, velocity_loss(v_hat, v))} if naive else {})
+        v_hat, h = nets.sit(x_t, d.t, batch.y, stop_at_align=not diffusion)
+    terms = {"align": (align, alignment_loss(h, batch.feats))} if align else {}
+    return terms | ({"diffusion": (diffusion, velocity_loss(v_hat, v))} if diffusion else {})
 
 
-@torch.no_grad()
-def frozen_vae_phase(nets: Nets, parts: list[Part]) -> dict[str, torch.Tensor]:
-    """Latents of a VAE that does not train, drawn anew in every step, from the cache if there is
-    one."""
-    for part in parts:
-        if part.posterior is None:
-            with nets.autocast():
-                posterior = nets.vae.encode(part.x)
-            mean, std = posterior.mean, posterior.std
-        else:
-            mean, std = part.posterior.unbind(1)
-        part.z = mean + std * part.draws.posterior_noise
-    return {}
-
-
-def discriminator_alone(nets: Nets, parts: list[Part], config: Config, step: int) -> dict:
-    """The first `disc.alone_steps` steps: a random discriminator learns on the reconstructions of
-    the starting VAE before it teaches that VAE; nothing else moves."""
-    for part in parts:
-        with torch.no_grad(), nets.autocast():
-            _, _, part.x_hat = nets.vae(part.x, part.draws.posterior_noise)
-    return discriminator_phase(nets, parts, config, step)
-
-
-def discriminator_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict:
-    """Hinge loss on the same reconstructions, into the discriminator alone; in float32."""
-    disc, total = nets.learn["disc"], Sums(len(parts))
-    with only_training(disc):
-        for part in disc.micro_batches(parts):
-            real, fake = disc.ddp(part.x, part.x_hat.float())
-            terms = {"hinge": (1.0, rec.hinge_loss(real, fake))}
+def discriminator_phase(
+    nets: Networks, batches: list[Batch], x_hat: Tensor, lecam: float, step: int
+) -> dict[str, Tensor]:
+    """The discriminator learns to tell images from their reconstructions; in float32."""
+    trained, averages = nets.trained["disc"], MetricAverages(len(batches))
+    pairs = list(zip(batches, x_hat.chunk(len(batches))))
+    with only_training(trained):
+        for batch, fakes in trained.micro_batches(pairs):
+            real, fake = trained.ddp(batch.x, fakes.float())  # logits
+            terms = {name: (1.0, v) for name, v in gan.discriminator_terms(real, fake).items()}
             if nets.lecam:
-                terms["lecam"] = (config.loss.reg.lecam, nets.lecam(real, fake))
-            disc.backward(total.add(terms))
-            total.note(logits_real=real.mean(), logits_fake=fake.mean())
+                terms["lecam"] = (lecam, nets.lecam(real, fake))
+            trained.backward(averages.add_losses(terms))
+            averages.add(logits_real=real.mean(), logits_fake=fake.mean())
     if nets.lecam:
-        logits = torch.stack([total.notes["logits_real"], total.notes["logits_fake"]])
-        nets.lecam.update(*disc.accelerator.reduce(logits, "mean"))
-    return total.metrics("disc") | {"grad_norm/disc": disc.step(step)}
+        logits = torch.stack([averages.other["logits_real"], averages.other["logits_fake"]])
+        nets.lecam.update(*trained.accelerator.reduce(logits, "mean"))
+    return averages.metrics("disc") | {"grad_norm/disc": trained.step(step)}
 
 
-def sit_phase(nets: Nets, parts: list[Part], config: Config, step: int) -> dict[str, torch.Tensor]:
-    """L_DIFF + align.sit * L_REPA into the SiT and its projectors; z is cut off from the VAE.
+def sit_phase(
+    nets: Networks, batches: list[Batch], z: Tensor, loss: LossConfig, step: int
+) -> dict[str, Tensor]:
+    """L_DIFF + align.sit * L_REPA into the SiT and its projectors.
 
     The whole batch is normalised at once: batch statistics do not depend on micro-batches.
     """
-    sit, total = nets.learn["sit"], Sums(len(parts))
-    nets.sit.train()  # batch statistics in the latent norm, which move the running ones
-    z_n = nets.sit.normalize(torch.cat([part.z for part in parts])).chunk(len(parts))
-    with only_training(sit):
-        for part, z in sit.micro_batches(list(zip(parts, z_n))):
-            d = part.draws
-            x_t, v = interpolate(z, d.eps, d.t, config.loss.diffusion.path)
+    trained, averages = nets.trained["sit"], MetricAverages(len(batches))
+    # batch statistics in the latent norm: they fit the latents of now, and move the running ones
+    nets.sit.train()
+    pairs = list(zip(batches, nets.sit.normalize(z).chunk(len(batches))))
+    with only_training(trained):
+        for batch, z_n in trained.micro_batches(pairs):
+            d = batch.draws
+            x_t, v = interpolate(z_n, d.eps, d.t, loss.diffusion.path)
+            y = drop_labels(batch.y, d.drop_label, nets.sit.null_label)
             with nets.autocast():
-                v_hat, h = sit.ddp(x_t, d.t, drop_labels(part.y, d.drop_label, nets.sit.null_label))
+                v_hat, h = trained.ddp(x_t, d.t, y)
             terms = {"diffusion": (1.0, velocity_loss(v_hat, v))}
-            if part.feats:
-                terms["align"] = (config.loss.align.sit, alignment_loss(h, part.feats))
-            sit.backward(total.add(terms))
-    return total.metrics("sit") | {"grad_norm/sit": sit.step(step)}
+            if batch.feats:
+                terms["align"] = (loss.align.sit, alignment_loss(h, batch.feats))
+            trained.backward(averages.add_losses(terms))
+    return averages.metrics("sit") | {"grad_norm/sit": trained.step(step)}
 
 
-def drop_labels(y: torch.Tensor, drop: torch.Tensor, null_label: int | None) -> torch.Tensor:
+def drop_labels(y: Tensor, drop: Tensor, null_label: int | None) -> Tensor:
     """Labels (N,) with the null label where `drop`, for classifier-free guidance."""
     return y if null_label is None else torch.where(drop, null_label, y)
 
 
-class Sums:
-    """The terms of one phase, averaged over its micro-batches."""
+@torch.no_grad()
+def encode_frozen(nets: Networks, batches: list[Batch]) -> Tensor:
+    """Latents of a frozen VAE. Each step draws new samples of the posterior; with a cache, the VAE
+    does not run."""
+    latents = []
+    for batch in batches:
+        if batch.posterior is None:
+            with nets.autocast():
+                posterior = nets.vae.encode(batch.x)
+            mean, std = posterior.mean, posterior.std
+        else:
+            mean, std = batch.posterior.unbind(1)
+        latents.append(mean + std * batch.draws.posterior_noise)
+    return torch.cat(latents)
 
-    def __init__(self, parts: int):
-        self.parts, self.losses, self.notes = parts, {}, {}
 
-    def add(self, terms: dict[str, tuple[float, torch.Tensor]]) -> torch.Tensor:
-        """{name: (weight, value)} of one micro-batch => its share of the loss to differentiate."""
-        self._average(self.losses, {name: value for name, (_, value) in terms.items()})
-        return sum(weight * value for weight, value in terms.values()) / self.parts
-
-    def note(self, **values: torch.Tensor) -> None:
-        """Average values that are logged, but are no loss."""
-        self._average(self.notes, values)
-
-    def _average(self, means: dict, values: dict[str, torch.Tensor]) -> None:
-        for name, value in values.items():
-            means[name] = means.get(name, 0.0) + value.detach() / self.parts
-
-    def metrics(self, phase: str) -> dict[str, torch.Tensor]:
-        """The unweighted means."""
-        losses = {f"loss/{phase}/{name}": mean for name, mean in self.losses.items()}
-        return losses | {f"{phase}/{name}": mean for name, mean in self.notes.items()}
+@torch.no_grad()
+def reconstruct(nets: Networks, batches: list[Batch]) -> Tensor:
+    """Reconstructions by the initial VAE, for the steps in which the discriminator trains alone."""
+    with nets.autocast():
+        outputs = [nets.vae(batch.x, batch.draws.posterior_noise) for batch in batches]
+    return torch.cat([x_hat for _, _, x_hat in outputs])
 
 
 # --------------------------------------------------------------------------------------
@@ -269,109 +257,49 @@ def main() -> int | None:
         accelerator.end_training()
 
 
-def parse_args() -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="YAML; several are merged in order",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, and exit")
-    args, args.overrides = parser.parse_known_args()
-    return args
-
-
-def print_plan(config: Config) -> None:
-    """--dry-run: the resolved config and what follows from it. Needs neither weights nor data."""
-    try:
-        source = open_training_data(config)
-    except UserError as error:
-        print(f"note: {error}")
-        source = None
-    print(to_yaml(config))
-    if source:
-        join_cache(config, source)
-    for name, value in describe(config, source, distributed.launched_ranks()).items():
-        print(f"{name:>16}: {value}")
-
-
 def train(config: Config, accelerator: distributed.Accelerator) -> None:
     """Train until `run.steps`, a signal, or a loss that is not finite."""
-    run, rank, ranks = config.run, accelerator.process_index, accelerator.num_processes
+    run, ranks = config.run, accelerator.num_processes
     source = open_training_data(config)
-    describe(config, source, ranks)  # raises where shapes do not meet, before anything is loaded
-    examples = join_cache(config, source)
+    check_shapes(config, source.num_classes, ranks)  # before anything is loaded
+    training_set = join_cache(config, source)
     checkpoints = Checkpoints(config.run_dir, run.keep_last, run.milestone_every)
-    checkpoint, state = find_start(run.resume, checkpoints, accelerator)
-    first = state.get("step", 0)
+    checkpoint, first = find_start(run.resume, checkpoints)
     if first >= run.steps:
-        accelerator.print(f"step {first} of {run.steps} is done; raise run.steps to go on")
+        accelerator.print(f"step {first} of {run.steps} is done; raise run.steps to continue")
         return
-    nets = build_nets(config, source, accelerator, checkpoint)
-    tracker = tracking.start(config, accelerator, first, nets.starting_stats)
-    after = After(config, source, accelerator, checkpoints, tracker)
-    latent_shape = nets.vae.latent_shape(config.data.resolution)
-    shape = (per_rank_batch(config, ranks), *latent_shape)
+    evaluation = OnlineEvaluation(config, source)
+    cache = training_set.cache if config.data.latents else None
+    nets, latent_stats = build_networks(config, source, accelerator, checkpoint, cache)
+    tracker = tracking.start(config, accelerator, first, nets, latent_stats)
+    periodic = PeriodicTasks(config, source, accelerator, checkpoints, tracker, evaluation)
+    shape = (per_rank_batch(config, ranks), *nets.vae.latent_shape(config.data.resolution))
+    draws = partial(
+        draw,
+        shape,
+        seed=run.seed,
+        rank=accelerator.process_index,
+        device=accelerator.device,
+        hflip=config.data.hflip,
+        time=config.loss.diffusion.time,
+        path=config.loss.diffusion.path,
+        class_dropout_prob=config.sit.class_dropout_prob,
+    )
     stop = distributed.StopSignal(accelerator)
     bar = tracking.progress_bar(first, run.steps, accelerator)
+    loader = open_loader(config, training_set, accelerator, first)
 
-    for step, batch in enumerate(open_loader(config, examples, accelerator, first), start=first):
-        x_u8, y, *cached = (b.to(accelerator.device, non_blocking=True) for b in batch)
-        draws = draw(config, step, rank, shape, accelerator.device)
-        tracker.add(train_step(nets, u8_to_pm1(x_u8), y, draws, config, step, cached), step)
+    for step, batch in enumerate(tracker.timed(loader), start=first):
+        x, y, cached = to_device(batch, accelerator.device, run.channels_last)
+        tracker.add(train_step(nets, x, y, draws(step=step), config, step, cached), step)
         bar.update()
         stopping = stop.agreed(step + 1)
-        after.step(nets, step + 1, last=stopping or step + 1 == run.steps, bar=bar)
+        last = stopping or step + 1 == run.steps
+        tracking.show(bar, periodic.run(nets, step + 1, last))
         if stopping:
             accelerator.print(f"\ntold to stop at step {step + 1}; run the same command to go on")
             break
     bar.close()
-
-
-class After:
-    """What is due after a step: a log line, a checkpoint, and only then pictures and evaluation,
-    so that nothing that fails in them costs work."""
-
-    def __init__(self, config: Config, source, accelerator, checkpoints: Checkpoints, tracker):
-        self.config, self.accelerator = config, accelerator
-        self.checkpoints, self.tracker, self.num_images = checkpoints, tracker, len(source)
-        self.previewer = Previewer(config, source, accelerator)
-        self.evaluation = OnlineEvaluation(config, accelerator)
-
-    def step(self, nets: Nets, done: int, last: bool, bar: tqdm) -> None:
-        """`done` steps are done; `last`: there will be no other."""
-        run = self.config.run
-        saving = last or done % run.save_every == 0
-        if saving or done % run.log_every == 0:
-            tracking.show(bar, self.tracker.flush(done, extra=loss_scales(nets)))
-        if saving:
-            self.save(nets, done)
-        if self.previewer.is_due(done, last):
-            self.previewer.write(nets, done)
-        if self.evaluation.is_due(done):
-            self.tracker.write(done, self.evaluation.measure(nets))
-        self.tracker.restart_clock()
-
-    def save(self, nets: Nets, done: int) -> None:
-        """One checkpoint, written by the main process while the others wait."""
-        run = self.config.run
-        state = {
-            "epoch": done * run.batch_size / self.num_images,
-            "seed": run.seed,
-            "ranks": self.accelerator.num_processes,
-            "path": self.config.loss.diffusion.path,
-        }
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(done, lambda folder: save_nets(nets, folder), state)
-        self.accelerator.wait_for_everyone()
-
-
-def loss_scales(nets: Nets) -> dict[str, float]:
-    """fp16 only: the loss scale of each network."""
-    learners = nets.learn.items()
-    return {f"loss_scale/{n}": v.scaler.get_scale() for n, v in learners if v.scaler.is_enabled()}
 
 
 if __name__ == "__main__":

@@ -6,15 +6,17 @@ import torch
 import torch.nn.functional as F
 
 
-def alignment_loss(hs: Sequence[torch.Tensor], feats: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Projected tokens and encoder features, a pair of (N, T, D_enc) for each encoder => scalar.
+def alignment_loss(
+    projected: Sequence[torch.Tensor], feats: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The SiT's projected tokens and the encoders' features, for each encoder (N, T, D_enc) of both
+    => negative cosine similarity, mean over tokens, images and encoders.
 
-    Negative cosine similarity, mean over tokens, images and encoders: -1 is perfect, 1 the
-    opposite. Normalised in float32: norms in half precision are a known source of NaN after 70K
-    to 160K steps.
+    -1: all tokens point the same way as their feature; 1: the opposite way. Normalised in float32:
+    norms in half precision are a known source of NaN after 70K to 160K steps.
     """
-    assert len(hs) == len(feats) > 0, (len(hs), len(feats))
-    return -torch.stack([_cosine(h, f) for h, f in zip(hs, feats)]).mean()
+    assert len(projected) == len(feats) > 0, (len(projected), len(feats))
+    return -torch.stack([_cosine(h, f) for h, f in zip(projected, feats)]).mean()
 
 
 def _cosine(h: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
@@ -24,8 +26,11 @@ def _cosine(h: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
 
 
 def spatial_normalize(feats: torch.Tensor, alpha: float) -> torch.Tensor:
-    """(N, T, D) => (f - alpha * mean) / std, both over tokens: iREPA (arXiv 2512.10794),
-    whose alpha is 0.6. Takes away what all patches of an image share, keeps how they differ."""
+    """Encoder features (N, T, D) => (feats - alpha * mean) / std, mean and std over the tokens of
+    an image: iREPA (arXiv 2512.10794), whose alpha is 0.6.
+
+    It takes away what all patches of an image share and keeps how they differ.
+    """
     f = feats.float()
     mean, std = f.mean(dim=1, keepdim=True), f.std(dim=1, keepdim=True)
     return (f - alpha * mean) / (std + 1e-6)

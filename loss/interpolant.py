@@ -1,15 +1,19 @@
 """The path between data (t = 0) and noise (t = 1): x_t = alpha(t) z + sigma(t) eps.
 
-Stochastic interpolants (SiT, arXiv 2401.08740, Sec. 2). One place for the coefficients: training
-and sampling both read them here.
+Stochastic interpolants (SiT, arXiv 2401.08740, Sec. 2). Training and sampling both take the
+coefficients from here. torch is imported for type checkers only, so that a parser of arguments can
+read `PATHS` without it.
 """
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-PATHS = ("linear", "cosine")
+PATHS = ("linear", "cosine")  # the first one is the default
 
 
 class Coefficients(NamedTuple):
@@ -24,7 +28,8 @@ class Coefficients(NamedTuple):
 def coefficients(t: torch.Tensor, path: str = "linear") -> Coefficients:
     """linear: 1 - t, t; cosine: cos(pi t / 2), sin(pi t / 2)."""
     if path == "linear":
-        return Coefficients(1 - t, t, -torch.ones_like(t), torch.ones_like(t))
+        one = t.new_ones(t.shape)
+        return Coefficients(1 - t, t, -one, one)
     assert path == "cosine", path
     angle = t * (math.pi / 2)
     cos, sin = angle.cos(), angle.sin()

@@ -1,1 +1,15 @@
-"""Networks: no loss, no noise, nothing that knows how they are trained."""
+"""Networks: no loss, no noise, nothing that knows how they are trained.
+
+discriminator.py  PatchGAN, the discriminator of the VAE's reconstructions
+encoders.py       frozen vision encoders: their table, and how a file of theirs is loaded
+errors.py         UserError: a mistake that the user can mend
+latent_norm.py    the batch norm of latents, and batch norm over all ranks
+lpips.py          LPIPS with VGG-16
+projector.py      from SiT tokens to encoder features: MLP (REPA) or convolution (iREPA)
+sit.py            SiT, the velocity network; load_sit
+sizes.py          SIZES, the published sizes of SiT (imports nothing)
+vae.py            VAE, one class for all autoencoders; load_vae, build_vae
+vae_families.py   what a diffusers class of VAEs has of its own, and the table of published VAEs
+vae_keys.py       older key names of VAE files => those of diffusers
+weights.py        weight files: find, download, hash, read, load strictly
+"""

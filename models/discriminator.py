@@ -8,11 +8,13 @@ from models.latent_norm import JointBatchNorm2d
 
 
 class PatchGAN(nn.Module):
-    """Convolutions of stride 2 that judge overlapping patches; one logit a patch, higher = real.
+    """Convolutions that give one logit for each of many overlapping patches; higher = real.
 
-    `norm="batch"` is the published one (its moments span all ranks, so the number of GPUs does not
-    change the update); `"group"` has no statistics across images, so that gradient accumulation
-    equals the big batch exactly. Keys `main.N.*` are those of the published discriminators.
+    layers: convolutions with a norm, all but the last of stride 2. channels: of the first layer.
+    norm: "batch" is the published one; its moments are those of all ranks together, so the number
+    of GPUs does not change the update. "group" has no statistics across images, so that gradient
+    accumulation equals the big batch exactly.
+    The keys `main.N.*` of the state dict are those of the published discriminators.
     """
 
     def __init__(
@@ -35,10 +37,11 @@ class PatchGAN(nn.Module):
         self.apply(_initialize)
 
     def forward(self, *batches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Images (N, 3, H, W) in [-1, 1] => logits (N, 1, H', W'), batch by batch.
+        """Each batch of images (N, 3, H, W) in [-1, 1] => its logits (N, 1, H', W').
 
-        Real and fake go in one call but never in one batch: DDP wants one forward a backward, and
-        batch moments over both would tell the discriminator which is which.
+        Real images and reconstructions are given in one call, as DDP wants one forward for each
+        backward, but as two batches: with one set of batch moments over both, the discriminator
+        would see a mixture whose statistics give the answer away.
         """
         return tuple(self.main(x) for x in batches)
 

@@ -1,34 +1,56 @@
 """Frozen vision encoders whose patch features the SiT is aligned with. All networks are timm's.
 
+A new encoder is a row of `ENCODERS`; one that timm has can also be used without a row, as
+timm:NAME. What timm does not have cannot be used.
+
 `x` image in [-1, 1], (N, 3, H, W); features (N, T, D), T = grid * grid patch tokens, row by row.
 The input size follows from the grid (patch 14 and a 16 x 16 grid: 224 px), so that tokens match
-those of the SiT. Whether the final norm is applied follows REPA (arXiv 2410.06940): MAE and CLIP
-targets are raw block outputs, as are PE's in iREPA; all others are normalised.
+those of the SiT.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
-import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download, hf_hub_url
-from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from models.errors import UserError
-from models.wanted import Wanted, cached_file, torch_hub_file
+from models.weights import WeightFile, short
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# timm, which takes seconds to import, is imported in the functions that use it
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+OPENAI = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What a short name stands for: a timm network, and how it is fed and read."""
+
+    # name in timm, with the tag of its weights
+    timm_name: str
+    # mean and std of each colour channel, for images in [0, 1]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    # whether the network's final norm is applied to the patch tokens
+    norm: bool = True
+    # turns the state dict of the authors' file into one that timm reads; None = timm reads it as is
+    convert_keys: Callable[[Mapping], Mapping] | None = None
+    # where the authors publish the weights, if timm does not
+    url: str = ""
+    # further arguments of timm.create_model
+    kwargs: dict = field(default_factory=dict)
+    # of a CNN, the stage with so many input pixels per cell is used; None = the last stage
+    stride: int | None = None
 
 
 def _moco_base(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -52,72 +74,68 @@ def _no_qkv_bias(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _ijepa_encoder(state: Mapping) -> Mapping:
-    """Of encoder, target encoder, predictor and optimizer, the first: the one REPA uses."""
+    """The file holds encoder, target encoder, predictor and optimizer; REPA uses the encoder."""
     return {"encoder": state["encoder"]} if "encoder" in state else state
 
 
-@dataclass(frozen=True)
-class EncoderSpec:
-    timm_name: str
-    norm: bool  # apply the network's final norm to the patch tokens
-    mean: tuple[float, ...]  # of RGB in [0, 1], per channel
-    std: tuple[float, ...]
-    key_filter: Callable[[Mapping], Mapping] = dict  # runs before timm's own
-    url: str | None = None  # where to get the weights, if not through timm
-    kwargs: dict = field(default_factory=dict)  # further arguments of timm.create_model
-    stride: int | None = None  # CNN: the stage of this many pixels per cell; None = the last one
-
-
-# fmt: off
-# Mean and std are those that each network was trained with; iREPA feeds ImageNet's to SigLIP 2.
-#          norm   mean, std   key filter
-DINO    = (True,  *IMAGENET)
-DINOV3  = (True,  *IMAGENET, _no_qkv_bias)
-MAE     = (False, *IMAGENET)
-CLIP    = (False, *OPENAI)
-IJEPA   = (True,  *IMAGENET, _ijepa_encoder)
-SIGLIP2 = (True,  *HALF)
-PE      = (False, *HALF)
-MOCO    = (True,  *IMAGENET, _moco_base, "https://github.com/facebookresearch/moco-v3")
+# One line for each group of authors: what all their networks have in common.
+# Mean and std are those that the network was trained with, as timm states them (iREPA feeds
+# ImageNet's to SigLIP 2). The final norm follows REPA (arXiv 2410.06940): its MAE and CLIP targets
+# are outputs of the last block without it, as are those of PE in iREPA (arXiv 2512.10794).
+_DINO = partial(EncoderSpec, **IMAGENET)
+_DINOV3 = partial(EncoderSpec, **IMAGENET, convert_keys=_no_qkv_bias)
+_MAE = partial(EncoderSpec, **IMAGENET, norm=False)
+_CLIP = partial(EncoderSpec, **OPENAI, norm=False)
+_IJEPA = partial(EncoderSpec, **IMAGENET, convert_keys=_ijepa_encoder)
+_SIGLIP2 = partial(EncoderSpec, **HALF)
+_PE = partial(EncoderSpec, **HALF, norm=False)
+_MOCO = partial(
+    EncoderSpec,
+    **IMAGENET,
+    convert_keys=_moco_base,
+    url="https://github.com/facebookresearch/moco-v3",
+)
 
 ENCODERS = {
-    "dinov2-s":       EncoderSpec("vit_small_patch14_dinov2.lvd142m",            *DINO),
-    "dinov2-b":       EncoderSpec("vit_base_patch14_dinov2.lvd142m",             *DINO),
-    "dinov2-l":       EncoderSpec("vit_large_patch14_dinov2.lvd142m",            *DINO),
-    "dinov2-g":       EncoderSpec("vit_giant_patch14_dinov2.lvd142m",            *DINO),
-    "dinov2-reg-s":   EncoderSpec("vit_small_patch14_reg4_dinov2.lvd142m",       *DINO),
-    "dinov2-reg-b":   EncoderSpec("vit_base_patch14_reg4_dinov2.lvd142m",        *DINO),
-    "dinov2-reg-l":   EncoderSpec("vit_large_patch14_reg4_dinov2.lvd142m",       *DINO),
-    "dinov2-reg-g":   EncoderSpec("vit_giant_patch14_reg4_dinov2.lvd142m",       *DINO),
-    "dinov1-s":       EncoderSpec("vit_small_patch16_224.dino",                  *DINO),
-    "dinov1-b":       EncoderSpec("vit_base_patch16_224.dino",                   *DINO),
-    "dinov3-s":       EncoderSpec("vit_small_patch16_dinov3.lvd1689m",           *DINOV3),
-    "dinov3-b":       EncoderSpec("vit_base_patch16_dinov3.lvd1689m",            *DINOV3),
-    "dinov3-l":       EncoderSpec("vit_large_patch16_dinov3.lvd1689m",           *DINOV3),
-    "dinov3-h":       EncoderSpec("vit_huge_plus_patch16_dinov3.lvd1689m",       *DINOV3),
-    "mae-b":          EncoderSpec("vit_base_patch16_224.mae",                    *MAE),
-    "mae-l":          EncoderSpec("vit_large_patch16_224.mae",                   *MAE),
-    "mae-h":          EncoderSpec("vit_huge_patch14_224.mae",                    *MAE),
-    "clip-l":         EncoderSpec("vit_large_patch14_clip_quickgelu_224.openai", *CLIP),
-    "ijepa-h":        EncoderSpec("vit_huge_patch14_gap_224.in1k_ijepa",         *IJEPA),
-    "ijepa-h-22k":    EncoderSpec("vit_huge_patch14_gap_224.in22k_ijepa",        *IJEPA),
-    "siglip2-b":      EncoderSpec("vit_base_patch16_siglip_256.v2_webli",        *SIGLIP2),
-    "siglip2-l":      EncoderSpec("vit_large_patch16_siglip_256.v2_webli",       *SIGLIP2),
-    "siglip2-so400m": EncoderSpec("vit_so400m_patch16_siglip_256.v2_webli",      *SIGLIP2),
-    "pe-core-b":      EncoderSpec("vit_pe_core_base_patch16_224.fb",             *PE),
-    "pe-core-l":      EncoderSpec("vit_pe_core_large_patch14_336.fb",            *PE),
-    "pe-spatial-b":   EncoderSpec("vit_pe_spatial_base_patch16_512.fb",          *PE),
-    "pe-spatial-l":   EncoderSpec("vit_pe_spatial_large_patch14_448.fb",         *PE),
-    "mocov3-s":       EncoderSpec("vit_small_patch16_224", *MOCO, {"num_heads": 12}),
-    "mocov3-b":       EncoderSpec("vit_base_patch16_224",                        *MOCO),
-    "mocov3-l":       EncoderSpec("vit_large_patch16_224",                       *MOCO),
+    "dinov2-s": _DINO("vit_small_patch14_dinov2.lvd142m"),
+    "dinov2-b": _DINO("vit_base_patch14_dinov2.lvd142m"),
+    "dinov2-l": _DINO("vit_large_patch14_dinov2.lvd142m"),
+    "dinov2-g": _DINO("vit_giant_patch14_dinov2.lvd142m"),
+    "dinov2-reg-s": _DINO("vit_small_patch14_reg4_dinov2.lvd142m"),
+    "dinov2-reg-b": _DINO("vit_base_patch14_reg4_dinov2.lvd142m"),
+    "dinov2-reg-l": _DINO("vit_large_patch14_reg4_dinov2.lvd142m"),
+    "dinov2-reg-g": _DINO("vit_giant_patch14_reg4_dinov2.lvd142m"),
+    "dinov1-s": _DINO("vit_small_patch16_224.dino"),
+    "dinov1-b": _DINO("vit_base_patch16_224.dino"),
+    "dinov3-s": _DINOV3("vit_small_patch16_dinov3.lvd1689m"),
+    "dinov3-b": _DINOV3("vit_base_patch16_dinov3.lvd1689m"),
+    "dinov3-l": _DINOV3("vit_large_patch16_dinov3.lvd1689m"),
+    "dinov3-h": _DINOV3("vit_huge_plus_patch16_dinov3.lvd1689m"),
+    "mae-b": _MAE("vit_base_patch16_224.mae"),
+    "mae-l": _MAE("vit_large_patch16_224.mae"),
+    "mae-h": _MAE("vit_huge_patch14_224.mae"),
+    "clip-l": _CLIP("vit_large_patch14_clip_quickgelu_224.openai"),
+    "ijepa-h": _IJEPA("vit_huge_patch14_gap_224.in1k_ijepa"),
+    "ijepa-h-22k": _IJEPA("vit_huge_patch14_gap_224.in22k_ijepa"),
+    "siglip2-b": _SIGLIP2("vit_base_patch16_siglip_256.v2_webli"),
+    "siglip2-l": _SIGLIP2("vit_large_patch16_siglip_256.v2_webli"),
+    "siglip2-so400m": _SIGLIP2("vit_so400m_patch16_siglip_256.v2_webli"),
+    "pe-core-b": _PE("vit_pe_core_base_patch16_224.fb"),
+    "pe-core-l": _PE("vit_pe_core_large_patch14_336.fb"),
+    "pe-spatial-b": _PE("vit_pe_spatial_base_patch16_512.fb"),
+    "pe-spatial-l": _PE("vit_pe_spatial_large_patch14_448.fb"),
+    "mocov3-s": _MOCO("vit_small_patch16_224", kwargs={"num_heads": 12}),
+    "mocov3-b": _MOCO("vit_base_patch16_224"),
+    "mocov3-l": _MOCO("vit_large_patch16_224"),
 }
-# fmt: on
 
 
 class Encoder(nn.Module):
     """A frozen network: always in eval mode, no parameter trains, `forward` under no_grad.
-    Attributes: `name`, `grid`, `side` (input size in pixels), `embed_dim`."""
+
+    name: as in `load_encoder`. grid: tokens per side. side: of the network's input, in pixels.
+    embed_dim: D, channels of a token. stage: index into timm's feature_info of what is used.
+    """
 
     def __init__(self, name: str, net: nn.Module, spec: EncoderSpec, grid: int):
         super().__init__()
@@ -174,29 +192,43 @@ def load_encoder(
     spec = _spec(name)
     if weights == "random":
         return Encoder(name, _create(spec, grid), spec, grid)
-    path = _existing(weights, name) if weights else Path(_published_file(name, spec))
+    path = encoder_weight_file(name, weights).fetch()
     overlay = {"state_dict": _read_backbone(path, spec), "num_classes": 0, "label_offset": 0}
     try:
         # standard output is closed to timm: its DINOv3 reader prints a line per missing bias
         with redirect_stdout(None):
             net = _create(spec, grid, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} does not fit {name}: {_short(error)}") from error
+        raise UserError(f"{path} does not fit {name}: {short(error)}") from error
     del net.pretrained_cfg["state_dict"]  # a second copy of the weights
     return Encoder(name, net, spec, grid)
 
 
-def wanted_encoder(name: str, weights: str | Path | None = None) -> Wanted | None:
-    """What `load_encoder` will read, without reading it; None if the weights are random."""
+def encoder_weight_file(name: str, weights: str | Path | None = None) -> WeightFile | None:
+    """The file that `load_encoder` will read, without reading it; None if the weights are random.
+    Raises `UserError` if `weights` names none and timm publishes none."""
     if weights == "random":
         return None
     if weights is not None:
-        return Wanted(str(weights), _existing(weights, name))
-    return _published(name, _spec(name))
+        return WeightFile(f"weights of {name}", path=Path(weights), setting="encoder.weights={}")
+    import timm
+
+    spec = _spec(name)
+    cfg = timm.get_pretrained_cfg(spec.timm_name)
+    if spec.url or not (cfg.hf_hub_id or cfg.url):
+        raise UserError(
+            f"timm publishes no weights of {name}: get them at {spec.url or 'their authors'}, then "
+            "set encoder.weights=FILE"
+        )
+    if cfg.hf_hub_id:
+        file = cfg.hf_hub_filename or "model.safetensors"
+        return WeightFile(file, repo=cfg.hf_hub_id, setting="encoder.weights={}")
+    return WeightFile(Path(cfg.url).name, url=cfg.url, setting="encoder.weights={}")
 
 
 def encoder_shape(name: str, resolution: int = 256, grid: int | None = None) -> tuple[int, int]:
-    """(grid, D) of `load_encoder` with the same arguments, without weights."""
+    """(grid, D) of `load_encoder` with the same arguments, without weights or memory for them.
+    Raises `UserError` for an unknown name, and for a network that cannot give such a grid."""
     if grid is None and resolution % 16:
         raise UserError(f"resolution {resolution} is not a multiple of 16: set encoder.grid")
     grid = grid or resolution // 16
@@ -207,7 +239,7 @@ def encoder_shape(name: str, resolution: int = 256, grid: int | None = None) -> 
             feats = encoder(torch.zeros(1, 3, resolution, resolution))
         fits = feats.shape == (1, grid * grid, encoder.embed_dim)
     except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
-        raise UserError(f"{name} cannot make {grid} x {grid} tokens: {_short(error)}") from error
+        raise UserError(f"{name} cannot make {grid} x {grid} tokens: {short(error)}") from error
     if not fits:
         raise UserError(
             f"{name} gives {tuple(feats.shape[1:])}, not the {grid * grid} patch tokens of a "
@@ -219,13 +251,15 @@ def encoder_shape(name: str, resolution: int = 256, grid: int | None = None) -> 
 def _spec(name: str) -> EncoderSpec:
     if name in ENCODERS:
         return ENCODERS[name]
+    import timm
+
     known, prefix = list(ENCODERS), ""
     if name.startswith("timm:"):
         known, prefix = timm.list_models() + timm.list_pretrained(), "timm:"
         timm_name, _, stride = name.removeprefix("timm:").partition("/")
         if timm_name in known and (stride.isdecimal() or not stride):
             cfg, stride = timm.get_pretrained_cfg(timm_name), int(stride) if stride else None
-            return EncoderSpec(timm_name, True, tuple(cfg.mean), tuple(cfg.std), stride=stride)
+            return EncoderSpec(timm_name, tuple(cfg.mean), tuple(cfg.std), stride=stride)
     near = get_close_matches(name.removeprefix(prefix), known, n=1, cutoff=0)[0]
     raise UserError(
         f"unknown encoder {name}: nearest is {prefix}{near}; any timm network is timm:NAME"
@@ -247,6 +281,9 @@ def _stage(net: nn.Module, spec: EncoderSpec) -> int:
 
 
 def _create(spec: EncoderSpec, grid: int, **kwargs) -> nn.Module:
+    """The timm network for `grid` tokens per side, without a classifier; `kwargs` go to timm."""
+    import timm
+
     with torch.device("meta"):
         probe = timm.create_model(spec.timm_name, num_classes=0, **spec.kwargs)
     side = grid * probe.feature_info[_stage(probe, spec)]["reduction"]
@@ -254,71 +291,20 @@ def _create(spec: EncoderSpec, grid: int, **kwargs) -> nn.Module:
     return timm.create_model(spec.timm_name, num_classes=0, **size, **spec.kwargs, **kwargs)
 
 
-def _existing(weights: str | Path, name: str) -> Path:
-    if not Path(weights).is_file():
-        raise UserError(f"encoder.weights={weights}: no such file; expected weights of {name}")
-    return Path(weights)
-
-
-def _published(name: str, spec: EncoderSpec) -> Wanted:
-    """The published weights and their copy in the cache, if there is one."""
-    cfg = timm.get_pretrained_cfg(spec.timm_name)
-    if spec.url or not (cfg.hf_hub_id or cfg.url):
-        raise UserError(
-            f"timm publishes no weights of {name}: get them at {spec.url or 'their authors'}, then "
-            "set encoder.weights=FILE"
-        )
-    remedy = "run {} where there is a network, then set encoder.weights=FILE"
-    if cfg.hf_hub_id:
-        repo, file = cfg.hf_hub_id, _hub_file(cfg)
-        remedy = remedy.format(f"`hf download {repo} {file} --local-dir DIR`")
-        copy = cached_file(repo, file)
-        return Wanted(f"{repo}/{file}", copy, hf_hub_url(repo, file), remedy)
-    path = torch_hub_file(cfg.url)
-    copy = path if path.is_file() else None
-    return Wanted(cfg.url, copy, cfg.url, remedy.format(f"`curl -O {cfg.url}`"))
-
-
-def _hub_file(cfg) -> str:
-    return cfg.hf_hub_filename or "model.safetensors"
-
-
-def _published_file(name: str, spec: EncoderSpec) -> str:
-    """Path of the published weights, downloaded if the cache lacks them."""
-    wanted, cfg = _published(name, spec), timm.get_pretrained_cfg(spec.timm_name)
-    cache = HF_HUB_CACHE if cfg.hf_hub_id else torch_hub_file(cfg.url).parent
-    try:
-        if cfg.hf_hub_id:
-            return hf_hub_download(cfg.hf_hub_id, _hub_file(cfg))
-        return _download(cfg.url)
-    except (EntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"weights of {name} not found: neither {wanted.what} on the network nor a copy in "
-            f"{cache} ({type(error).__name__}); {wanted.remedy}"
-        ) from error
-
-
-def _download(url: str) -> str:
-    path = torch_hub_file(url)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path))  # writes elsewhere first, then renames
-    return str(path)
-
-
 def _read_backbone(path: Path, spec: EncoderSpec) -> Mapping[str, Tensor]:
     """State dict of a local file without its classifier head."""
+    import timm
+    from timm.models import load_state_dict
+
     try:
-        state = spec.key_filter(load_state_dict(str(path)))
-    except (UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
-        raise UserError(f"{path} is not a file of plain tensors: {_short(error)}") from error
+        state = load_state_dict(str(path))  # finds the weights in files of many forms
+        state = spec.convert_keys(state) if spec.convert_keys else state
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or hostile file makes the unpickler raise anything
+        raise UserError(f"{path} is not a file of plain tensors: {short(error)}") from error
     classifier = timm.get_pretrained_cfg(spec.timm_name).classifier or ()
     layers = (classifier,) if isinstance(classifier, str) else classifier
     # `proj`, `visual.proj`: where CLIP and PE project into the space shared with text
     head = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     return {k: v for k, v in state.items() if k not in head | {"proj", "visual.proj"}}
-
-
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}{' ...' if len(text) > 400 else ''}"

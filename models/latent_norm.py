@@ -7,7 +7,7 @@ N batch, C channels, h w latent grid.
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.nn.functional import all_reduce  # differentiable
+from torch.distributed.nn.functional import all_reduce
 
 
 class JointBatchNorm2d(nn.BatchNorm2d):
@@ -36,10 +36,11 @@ class JointBatchNorm2d(nn.BatchNorm2d):
 
 @torch.compiler.disable  # collectives inside a graph would be traced as one rank sees them
 def joint_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(N, C, H, W) on every rank => mean (C,), biased variance (C,), number of values of a channel.
+    """(N, C, H, W) on every rank, the same N on each => mean (C,) and biased variance (C,) over the
+    images of all ranks, and the number of values of one channel.
 
-    Over all ranks together, which hold equally many images. Two reductions instead of one of
-    (sum, sum of squares): that form cancels where the variance is small beside the mean.
+    Two reductions, not one of (sum, sum of squares): the difference of squares has no correct
+    digits left where the variance is much smaller than the squared mean.
     """
     ranks = dist.get_world_size()
     mean = all_reduce(x.mean(dim=(0, 2, 3))) / ranks
@@ -50,8 +51,9 @@ def joint_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
 class LatentNorm(JointBatchNorm2d):
     """The latent batch norm of REPA-E (arXiv 2504.10483, Sec. 3), and its exact inverse.
 
-    No affine part: a learnt scale would let the network shrink the diffusion loss. With
-    `fixed=True` the running statistics are constants (frozen VAE, or the ablation without it).
+    No affine part: a learnt scale would let the network shrink the diffusion loss.
+    With `fixed=True` the running statistics are constants: for a frozen VAE, and for the ablation
+    without batch statistics.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class LatentNorm(JointBatchNorm2d):
 
     @torch.no_grad()
     def set_stats(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Start from per-channel mean and std (C,) of the starting VAE's latents."""
+        """Set the running statistics to per-channel mean and std (C,) of latents."""
         self.running_mean.copy_(mean)
         self.running_var.copy_(std.square())
 

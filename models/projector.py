@@ -5,7 +5,7 @@ import torch.nn as nn
 
 
 def mlp_projector(hidden_size: int, encoder_dim: int, projector_dim: int = 2048) -> nn.Sequential:
-    """(N, T, D) => (N, T, encoder_dim), token by token: REPA's (arXiv 2410.06940)."""
+    """(N, T, D) => (N, T, encoder_dim), token by token, as in REPA (arXiv 2410.06940)."""
     return nn.Sequential(
         nn.Linear(hidden_size, projector_dim),
         nn.SiLU(),
@@ -16,8 +16,8 @@ def mlp_projector(hidden_size: int, encoder_dim: int, projector_dim: int = 2048)
 
 
 class ConvProjector(nn.Conv2d):
-    """(N, T, D) => (N, T, encoder_dim) by one 3x3 convolution on the square token grid: iREPA's
-    (arXiv 2512.10794), which keeps what neighbouring tokens have in common."""
+    """(N, T, D) => (N, T, encoder_dim) by one 3x3 convolution on the square token grid: the
+    projector of iREPA (arXiv 2512.10794)."""
 
     def __init__(self, hidden_size: int, encoder_dim: int):
         super().__init__(hidden_size, encoder_dim, kernel_size=3, padding=1)
@@ -29,7 +29,7 @@ class ConvProjector(nn.Conv2d):
 
 
 def build_projector(kind: str, hidden_size: int, encoder_dim: int, projector_dim: int) -> nn.Module:
-    """`kind` is "mlp" or "conv"."""
+    """A projector of REPA (`kind` "mlp") or iREPA ("conv", which has no use for projector_dim)."""
     if kind == "conv":
         return ConvProjector(hidden_size, encoder_dim)
     assert kind == "mlp", kind

@@ -9,6 +9,7 @@ x_t noised normalised latent, t time in [0, 1] (0 = data, 1 = noise), y label, v
 """
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -16,20 +17,10 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
+from models.errors import UserError
 from models.latent_norm import LatentNorm
 from models.projector import build_projector
-
-_SHAPES = {
-    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
-    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
-    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
-    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
-}
-SIZES = {
-    f"SiT-{name}/{patch}": {**shape, "patch_size": patch}
-    for name, shape in _SHAPES.items()
-    for patch in (1, 2, 4, 8)
-}
+from models.weights import CONFIG, WEIGHTS, load_strictly, read_config, read_state
 
 
 class PatchEmbed(nn.Module):
@@ -105,12 +96,13 @@ class Mlp(nn.Module):
 
 
 def modulate(h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(N, T, D) by (N, D) and (N, D)."""
+    """Scale and shift tokens h (N, T, D) by shift and scale (N, D): zeros change nothing."""
     return h * (1 + scale[:, None]) + shift[:, None]
 
 
 class Block(nn.Module):
-    """adaLN-zero block: attention and MLP, each scaled, shifted and gated by c (N, D)."""
+    """adaLN-zero block, (N, T, D) and c (N, D) => (N, T, D): attention and MLP, each with scale,
+    shift and gate computed from the condition c."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__()
@@ -129,7 +121,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """(N, T, D) => (N, T, p * p * C)."""
+    """(N, T, D) and c (N, D) => (N, T, p * p * C)."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -200,21 +192,21 @@ class SiT(ModelMixin, ConfigMixin):
     def forward(
         self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor, stop_at_align: bool = False
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Velocity and projected tokens.
+        """x_t (N, C, h, w), t (N,), y (N,) int64
+        => velocity v (N, C, h, w), and the tokens projected for each encoder, [(N, T, D_enc), ...].
 
-        x_t (N, C, h, w), t (N,), y (N,) int64 => v (N, C, h, w), feats [(N, T, D_enc), ...].
         With `stop_at_align` only blocks 1..align_depth and the projectors run, and v is None.
         """
         h = self.x_embedder(x_t) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        feats = []
+        projected = []
         for number, block in enumerate(self.blocks, start=1):
-            h = self._run(block, h, c)  # (N, T, D)
+            h = self._run_block(block, h, c)  # (N, T, D)
             if number == self.config.align_depth:
-                feats = [projector(h) for projector in self.projectors]
+                projected = [projector(h) for projector in self.projectors]
                 if stop_at_align:
-                    return None, feats
-        return self.unpatchify(self.final_layer(h, c)), feats
+                    return None, projected
+        return self.unpatchify(self.final_layer(h, c)), projected
 
     def normalize(self, z: torch.Tensor) -> torch.Tensor:
         """Latent => normalised latent, (N, C, h, w); by batch statistics in train mode."""
@@ -230,7 +222,7 @@ class SiT(ModelMixin, ConfigMixin):
         x = patches.unflatten(2, (p, p, c)).unflatten(1, (g, g))  # (N, g, g, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-    def _run(self, block: nn.Module, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def _run_block(self, block: nn.Module, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, h, c)
         return block(h, c)
@@ -251,6 +243,21 @@ class SiT(ModelMixin, ConfigMixin):
         for layer in (*modulations, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+
+def load_sit(folder: Path) -> SiT:
+    """The SiT of a folder that `save_pretrained` wrote, in eval mode, on the CPU.
+
+    Each tensor is held in memory once. Raises `UserError` for a folder that is absent or damaged,
+    and for missing, unexpected or misshapen tensors (`SiT.from_pretrained` would make them random).
+    """
+    config = read_config(folder / CONFIG)
+    if config.get("_class_name") != "SiT":
+        raise UserError(f"{folder} holds a {config.get('_class_name')}, expected a SiT")
+    with torch.device("meta"):
+        sit = SiT.from_config(config)
+    load_strictly(sit, read_state(folder / WEIGHTS), folder, "its config.json")
+    return sit.eval()
 
 
 def sincos_pos_embed(dim: int, grid: int) -> torch.Tensor:

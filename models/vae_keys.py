@@ -1,4 +1,4 @@
-"""State dicts of VAEs: reading them, bringing older key names to those of diffusers, strictness.
+"""State dicts of AutoencoderKL under older key names => those of diffusers, and their config.
 
 Two older dialects exist: CompVis/latent-diffusion (`encoder.down.0.block.1.conv1.weight`; also what
 the REPA-E authors first published), and diffusers before 0.18, whose attention layers were called
@@ -6,14 +6,9 @@ the REPA-E authors first published), and diffusers before 0.18, whose attention 
 diffusers' own CompVis converter drops per-level attention, hence cannot read f16d32: this one can.
 """
 
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from models.errors import UserError
@@ -35,12 +30,14 @@ COMPVIS = [
     (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
     (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
 ]
+
 OLD_DIFFUSERS = [
     (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
     (r"(attentions\.\d+)\.key\.", r"\1.to_k."),
     (r"(attentions\.\d+)\.value\.", r"\1.to_v."),
     (r"(attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
 ]
+
 # CompVis attention is made of 1x1 convolutions, diffusers' of linear layers with the same numbers
 ATTENTION_MATRIX = re.compile(r"attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
 
@@ -114,39 +111,3 @@ def infer_config(state: Mapping[str, Tensor], origin) -> dict:
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     """1 + the largest index that `pattern` finds among the keys; 0 if it finds none."""
     return 1 + max((int(m[1]) for key in state if (m := re.match(pattern, key))), default=-1)
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """State dict of a .safetensors or a .pt / .ckpt (bare, or under "state_dict"), on the CPU."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is not a file of plain tensors, and nothing else is ever unpickled "
-            f"({str(error).splitlines()[0][:120]}); for a training checkpoint of the official code "
-            "run scripts/import_official.py"
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f'{path} is neither a state dict nor a dict with one under "state_dict"')
-    return state
-
-
-def require_match(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], origin, what: str):
-    """`UserError` unless both have the same keys and shapes; it lists the first three of a kind."""
-    wrong = [k for k in expected if k in state and expected[k].shape != state[k].shape]
-    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(expected[k].shape)}" for k in wrong]
-    kinds = {
-        "missing": [k for k in expected if k not in state],
-        "unexpected": [k for k in state if k not in expected],
-        "of another shape": shapes,
-    }
-    found = [
-        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in kinds.items()
-        if keys
-    ]
-    if found:
-        raise UserError(f"weights of {origin} do not fit {what}: tensors {'; '.join(found)}")

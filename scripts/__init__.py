@@ -1,0 +1,17 @@
+"""Programs around train_repae.py, sample_ddp.py and evaluate_fid.py: arguments and calls.
+
+quickstart.sh         trains, samples and evaluates on digits: the whole method on 2 CPU cores
+test.sh               lint and all tests
+environment.sh        the Python environment of both, made on first use
+doctor.py             checks a run before it starts
+prepare_data.py       packs images as raw pixels
+cache_latents.py      encodes images once, for a frozen VAE
+vae_stats.py          mean and std of a VAE's latents
+import_official.py    published weights as a checkpoint of this repository
+export_vae.py         the VAE of a checkpoint as a diffusers folder
+visualize_latents.py  latents as colours; samples in the course of training
+plot_solvers.py       error of each ODE solver against its number of network calls
+reproduce_tables.py   the paper's tables: commands, published and measured numbers; the digits study
+train_classifier.py   a small classifier: encoder and judge of the digits
+quickstart_report.py  accuracy, pictures and summary at the end of the quickstart
+"""

@@ -13,8 +13,12 @@ find_python() { # prints the first interpreter that runs and is new enough (pyen
     return 2
 }
 
+checksum() { # macOS has shasum instead of sha256sum; both print the same
+    if command -v sha256sum >/dev/null 2>&1; then sha256sum; else shasum -a 256; fi
+}
+
 stamp=.venv/requirements.sha256
-wanted=$(sha256sum <requirements.txt)
+wanted=$(checksum <requirements.txt)
 if [ ! -e "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     echo "Installing requirements.txt into .venv (about 6 GB, a few minutes the first time)"
     if [ ! -x .venv/bin/python ]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # REPA-E in minutes on two CPU cores: train a VAE and a SiT together on real digits, sample, evaluate.
-# Everything lands in exps/quickstart/. Run again: a killed run goes on, a finished one starts anew.
+# Everything lands in exps/quickstart/. Run it again: a killed run continues, a finished one starts anew.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}

@@ -1,8 +1,8 @@
-"""A random Inception whose features are alive, and textures to feed it; used through `runpy`.
+"""A random Inception whose features differ between images, and textures to feed it.
 
-PyTorch's default initialisation gives features of 1e-8. Here: He-normal convolutions, random affine
-batch norms, running statistics from one batch of textures. Drawn by NumPy's PCG64, not by torch, so
-the numbers survive torch upgrades.
+PyTorch's default initialisation gives features of 1e-8. This one has He-normal convolutions, batch
+norms with random affine parameters, and running statistics from one batch of textures. NumPy's
+PCG64 draws them and not torch, so that the numbers survive torch upgrades.
 """
 
 from pathlib import Path

@@ -8,10 +8,11 @@ import json
 import pytest
 import torch
 
+from tests import two_ranks
 from tests.test_step import relative
-from tests.tiny import run_script, train
+from tests.tiny import run_script, train, train_here
 from utils.checkpoint import find_fault
-from utils.tracking import read_metrics
+from utils.training.tracking import read_metrics
 
 # AdamW's eps is raised: its first steps are otherwise the sign of each gradient, rounding included.
 VARIANTS = {
@@ -23,8 +24,11 @@ VARIANTS = {
 
 def steps(out, ranks: int, *overrides: str) -> list[dict]:
     out.mkdir()
-    done = run_script("tests/two_ranks.py", out, *overrides, ranks=ranks)
-    assert done.returncode == 0, done.stderr[-2000:]
+    if ranks == 1:
+        two_ranks.main(out, *overrides)
+    else:
+        done = run_script("tests/two_ranks.py", out, *overrides, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
     return [torch.load(out / f"rank{r}.pt", weights_only=True) for r in range(ranks)]
 
 
@@ -65,10 +69,11 @@ def test_the_script_on_two_ranks_logs_saves_and_resumes(tmp_path):
     assert (run / "samples" / "0000002.png").is_file()
     (row,) = read_metrics(run / "metrics.jsonl")
     assert row["step"] == 2 and row["images_per_second"] > 0
-    assert train(tmp_path, "run.steps=4").returncode == 0
+    assert train_here(tmp_path, "run.steps=4") == 0
     assert find_fault(run / "checkpoints" / "0000004") is None
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_split_is_one_line_and_exit_code_2(tmp_path):
     done = train(tmp_path, "run.batch_size=7", ranks=2)
     assert done.returncode != 0

@@ -1,12 +1,7 @@
 """The script as a user runs it: flags, tables, records, refusals, two ranks."""
 
-import importlib
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +10,11 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+import evaluate_fid
 from models.errors import UserError
 from models.vae import load_vae
-from tests.tiny import launcher
-
-ROOT = Path(__file__).parents[1]
-SCRIPT = importlib.import_module("evaluate_fid")
+from tests.tiny import run_script
+from utils import cli
 
 
 @pytest.fixture
@@ -29,7 +23,7 @@ def run(tmp_path, capsys):
 
     def call(*flags, out=True):
         extra = ["--out", str(tmp_path / "out.json")] if out else []
-        SCRIPT.main([*map(str, flags), "--cache", str(tmp_path / "cache"), *extra])
+        evaluate_fid.main([*map(str, flags), "--cache", str(tmp_path / "cache"), *extra])
         text = capsys.readouterr().out
         record = json.loads((tmp_path / "out.json").read_text()) if out else None
         return record, text
@@ -117,7 +111,7 @@ def test_vae_metrics_do_not_depend_on_the_batch_size_and_sampling_is_keyed_by_in
     for posterior in ("mode", "sample"):
         for size in (8, 5):
             out = tmp_path / "o.json"
-            SCRIPT.main(
+            evaluate_fid.main(
                 ["--vae", str(tmp_path / "vae"), "--data", "digits:test@16", "--num", "16",
                  "--metrics", "psnr,ssim,latents", "--posterior", posterior,
                  "--batch-size", str(size), "--out", str(out)]
@@ -154,57 +148,62 @@ def test_dry_run_needs_no_file_and_says_what_is_missing(run):
 )
 def test_mistakes_in_the_flags_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        SCRIPT.main(flags)
+        evaluate_fid.main(flags)
 
 
-def script(*flags, ranks=1, **env):
-    command = [sys.executable, *launcher(ranks), "evaluate_fid.py"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
-    return subprocess.run([*command, *map(str, flags)], cwd=ROOT, env=env, capture_output=True,
-                          text=True, timeout=600)  # fmt: skip
-
-
-def test_a_mistake_ends_in_one_line_and_exit_code_2(samples, tmp_path):
-    done = script("--samples", samples, "--reference", samples, TORCH_HOME=str(tmp_path))
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
-    assert line.startswith("error: --features inception needs weights-inception-2015-12-05")
+def test_a_mistake_ends_in_one_line_and_exit_code_2(samples, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    flags = ["--samples", str(samples), "--reference", str(samples)]
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: evaluate_fid.main(flags))
+    assert end.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert line.startswith("error: weights-inception-2015-12-05-6726825d.pth not found")
     assert "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2" in line
 
 
-@pytest.mark.slow
-def test_two_ranks_give_the_numbers_of_one(samples, judge, tmp_path):
-    records = []
-    for ranks, cache in ((1, "a"), (2, "b"), (2, "b")):  # the last one from the cache
-        done = script(
-            "--samples", samples, "--reference", "digits:test@16", "--features", judge,
-            "--batch-size", "16", "--cache", tmp_path / cache, "--out", tmp_path / "o.json",
-            ranks=ranks,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("not comparable to papers") == 1
-        records.append(json.loads((tmp_path / "o.json").read_text()))
-    assert [r["reference"]["cache"] for r in records] == ["computed now", "computed now", "hit"]
-    assert [r["ranks"] for r in records] == [1, 2, 2]
-    for record in records[1:]:
-        assert record["metrics"] == pytest.approx(records[0]["metrics"], rel=1e-5)
-        assert record["samples"] == records[0]["samples"]
+def test_dry_run_and_help_import_no_torch():
+    code = """
+import contextlib, io, sys
+import evaluate_fid
+for flags in (["--help"], ["--samples", "a.npz", "--reference", "digits", "--dry-run"]):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        evaluate_fid.main(flags)
+assert "torch" not in sys.modules
+"""
+    done = run_script("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def on_ranks(ranks: int, out, *flags) -> dict:
+    """The record of a run under `accelerate launch`."""
+    done = run_script("evaluate_fid.py", *map(str, flags), "--out", str(out), ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("not comparable to papers") == 1
+    record = json.loads(out.read_text())
+    assert record["ranks"] == ranks
+    return record
 
 
 @pytest.mark.slow
-def test_two_ranks_reconstruct_as_one(tmp_path):
+def test_two_ranks_give_the_numbers_of_one(run, samples, judge, one_thread, tmp_path):
+    flags = ("--samples", samples, "--reference", "digits:test@16", "--features", judge,
+             "--batch-size", "16")  # fmt: skip
+    alone, _ = run(*flags)
+    for cache in ("computed now", "hit"):
+        both = on_ranks(2, tmp_path / "two.json", *flags, "--cache", tmp_path / "two")
+        assert both["reference"]["cache"] == cache
+        assert both["metrics"] == pytest.approx(alone["metrics"], rel=1e-5)
+        assert both["samples"] == alone["samples"]
+
+
+@pytest.mark.slow
+def test_two_ranks_reconstruct_as_one(run, one_thread, tmp_path):
     torch.manual_seed(0)
     load_vae("tiny-f8d4", None).save(tmp_path / "vae")
-    records = []
-    for ranks in (1, 2):
-        done = script(
-            "--vae", tmp_path / "vae", "--data", "digits:test@16", "--num", "41", "--features",
-            "pixel", "--posterior", "sample", "--batch-size", "16", "--out", tmp_path / "o.json",
-            ranks=ranks,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        record = json.loads((tmp_path / "o.json").read_text())
-        assert record["ranks"] == ranks
-        records.append(record["metrics"])
-    for name, value in records[0].items():
-        assert records[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    flags = ("--vae", tmp_path / "vae", "--data", "digits:test@16", "--num", "41", "--features",
+             "pixel", "--posterior", "sample", "--batch-size", "16")  # fmt: skip
+    alone, _ = run(*flags)
+    both = on_ranks(2, tmp_path / "two.json", *flags)
+    for name, value in alone["metrics"].items():
+        assert both["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name

@@ -18,7 +18,7 @@ from models.sit import SiT
 from scripts import prepare_data
 from tests.tiny import train_here
 from utils import cli
-from utils.tracking import read_metrics
+from utils.training.tracking import read_metrics
 
 
 def images(folder: Path, num: int, seed: int = 0) -> Path:
@@ -53,7 +53,7 @@ def three_classes(root: Path) -> tuple[str, ...]:
 
 def packed_flat(root: Path) -> tuple[str, ...]:
     words = [images(root / "src", 10), root / "out", "--resolution", 16, "--workers", 0]
-    assert prepare_data.main([str(word) for word in words]) == 0
+    prepare_data.main([str(word) for word in words])
     return "data.source=packed", f"data.path={root / 'out'}"
 
 
@@ -71,7 +71,12 @@ def hdf5_without_labels(root: Path) -> tuple[str, ...]:
 CASES = {flat: 1, one_class_folder: 1, three_classes: 3, packed_flat: 1, hdf5_without_labels: 1}
 
 
-@pytest.mark.parametrize("make", CASES)
+LONG = (one_class_folder, packed_flat, hdf5_without_labels)  # as `flat`, from other files
+
+
+@pytest.mark.parametrize(
+    "make", [pytest.param(m, marks=[pytest.mark.slow] if m in LONG else []) for m in CASES]
+)
 def test_own_data_trains_and_samples(make: Callable, tmp_path, monkeypatch):
     """Joint training with previews, guidance and an evaluation, then images of the checkpoint."""
     monkeypatch.setenv("HOME", str(tmp_path))  # where statistics of a reference are kept
@@ -122,4 +127,4 @@ def test_more_classes_than_the_checkpoint_knows_are_refused(tmp_path, capsys):
     capsys.readouterr()
     assert train_here(tmp_path, *settings) == 2
     error = capsys.readouterr().err
-    assert "does not fit" in error and "y_embedder" in error
+    assert "not fit" in error and "y_embedder" in error

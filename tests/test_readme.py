@@ -1,23 +1,31 @@
-"""The README is true: its commands parse, its files exist.
+"""README.md and docs/*.md are true: every command runs or passes its dry run, every name exists.
 
 python -m pytest tests/test_readme.py
 """
 
 import re
+import runpy
 import shlex
+import signal
+import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from models.vae import build_vae
-from tests.tiny import ROOT, TINY, run_script
+from tests.tiny import ROOT, TINY, train_here
+from utils.config import Config
+from utils.config.schema import all_settings
 
-TEXT = (ROOT / "README.md").read_text()
-COMMANDS = [line.split("#")[0].strip() for line in re.findall(r"^    (\S.*)$", TEXT, re.M)]
-SCRIPTS = [c for c in COMMANDS if re.match(r"(python|accelerate launch) ", c)]
-ELSEWHERE = ("--checkpoint", "prepare_data", "import_official", "export_vae", "reproduce_tables")
-ELSEWHERE += ("doctor", "cache_latents", "data.latents", "vae_stats", "visualize_latents")
-FLAGS_ONLY = ("_official", "export_vae", "vae_stats", "visualize_latents")  # they need weights
-DRY_RUNS = [c for c in SCRIPTS if not any(word in c for word in ELSEWHERE)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for line in re.findall(r"^ {4,6}((?:python|accelerate|bash) .*)$", TEXT, re.M)
+]
+SCRIPTS = [c for c in COMMANDS if not c.startswith("bash")]
+CHECKPOINT = r"exps/[\w-]+/checkpoints/0400000"
 
 
 def words(command: str) -> list[str]:
@@ -26,70 +34,146 @@ def words(command: str) -> list[str]:
     return parts[next(i for i, word in enumerate(parts) if word.endswith(".py")) :]
 
 
-@pytest.mark.parametrize("command", DRY_RUNS)
-def test_every_command_passes_its_dry_run(command):
-    done = run_script(*words(command), *(() if "--dry-run" in command else ("--dry-run",)))
-    assert done.returncode == 0, done.stderr
+def those(*parts: str, without: str = "\n") -> list[str]:
+    """The commands that contain all `parts`; each is in exactly one of the tests below."""
+    return [c for c in SCRIPTS if all(p in c for p in parts) and without not in c]
 
 
-def test_preparing_data_passes_its_dry_run(tmp_path):
-    from PIL import Image
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run a program in this process as python does; returns its exit code and what it printed."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
+    def run_command(*argv: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+        printed = capsys.readouterr()
+        return end.value.code or 0, printed.out + printed.err
+
+    yield run_command
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a tiny run with one checkpoint."""
+    out = tmp_path_factory.mktemp("exps")
+    assert train_here(out, "run.steps=2") == 0
+    return out / "tiny"
+
+
+@pytest.fixture
+def here(trained, tmp_path):
+    """Turns a command of the documentation into one about tiny things that are here: the run above
+    for a real one, the VAE of its checkpoint for the published one, digits for real images."""
+    checkpoint = trained / "checkpoints" / "0000002"
+
+    def translate(command: str) -> list[str]:
+        command = re.sub(CHECKPOINT, str(checkpoint), command)
+        command = command.replace("exps/NAME", str(trained))
+        command = re.sub(r"(--vae|vae_stats\.py) sdvae", rf"\1 {checkpoint / 'vae'}", command)
+        command = re.sub(r"--data \w+ --path \S+", "--data digits --resolution 16", command)
+        return [
+            str(tmp_path / w) if before == "--out" or w == "my-vae" else w
+            for before, w in zip(["", *words(command)], words(command))
+        ]
+
+    return translate
+
+
+def dry_runs() -> list[str]:
+    """Each once, though the documentation has it with and without --dry-run or a launcher."""
+    commands = [*those("train_repae", without="data.latents"), *those("evaluate_fid.py")]
+    return list(dict.fromkeys(shlex.join(words(c.replace(" --dry-run", ""))) for c in commands))
+
+
+@pytest.mark.parametrize("command", dry_runs())
+def test_training_and_evaluating_pass_their_dry_run(command, run):
+    code, printed = run(*words(command), "--dry-run")
+    assert code == 0, printed
+
+
+@pytest.mark.parametrize("command", those("sample_ddp.py"))
+def test_sampling_writes_its_images(command, run, here, tmp_path):
+    small = ["--num-samples", "4", "--steps", "2", "--precision", "fp32"]
+    code, printed = run(*here(command), *small)
+    assert code == 0, printed
+    assert list(tmp_path.rglob("*.npz"))
+
+
+@pytest.mark.parametrize("command", those("doctor"))
+def test_the_doctor_reports_every_check(command, run):
+    """Neither data nor weights are here, so some checks fail; it names them and continues."""
+    small = ["sit.size=SiT-S/2", "sit.depth=8", "vae.train=false"]  # memory is estimated sooner
+    code, printed = run(*words(command), *small)
+    assert code == 2 and "FAIL  data" in printed and "memory    about" in printed, printed
+
+
+@pytest.mark.parametrize("command", those("prepare_data"))
+def test_preparing_data_passes_its_dry_run(command, run, tmp_path):
     (tmp_path / "train" / "n01").mkdir(parents=True)
     Image.new("RGB", (300, 300)).save(tmp_path / "train" / "n01" / "a.png")
-    (command,) = [c for c in SCRIPTS if "prepare_data" in c]
     parts = [w.replace("/data/imagenet", str(tmp_path)) for w in words(command)]
-    done = run_script(*parts, "--dry-run")
-    assert done.returncode == 0, done.stderr
+    code, printed = run(*parts, "--dry-run")
+    assert code == 0, printed
 
 
-def test_caching_latents_and_training_from_them_pass_their_dry_runs(tmp_path):
-    """Of a VAE without published weights, on digits, as there is nothing else here."""
-    (caching,) = [c for c in SCRIPTS if "cache_latents" in c]
-    tiny = {
-        "--vae sdvae": f"--vae {tmp_path / 'vae'}",
-        "--out data/sdvae-latents": f"--out {tmp_path / 'c'}",
-    }
-    tiny["packed --path data/imagenet256"] = "digits --resolution 16 --workers 0"
-    for old, new in tiny.items():
-        assert old in caching
-        caching = caching.replace(old, new)
-    build_vae("tiny-f2d4").save(tmp_path / "vae")
-    for more in (["--dry-run"], []):
-        done = run_script(*words(caching), *more)
-        assert done.returncode == 0, done.stderr
-    (training,) = [c for c in SCRIPTS if "data.latents" in c]
-    parts = [w.replace("data/sdvae-latents", str(tmp_path / "c")) for w in words(training)]
-    small = [w for w in TINY if "run.name" not in w] + ["vae.train=false", "vae.name=tiny-f2d4"]
-    small += [f"vae.weights={tmp_path / 'vae'}", "data.num_classes=null"]
-    done = run_script(*parts, *small, "--dry-run")
-    assert done.returncode == 0 and "note:" not in done.stdout, done.stdout + done.stderr
+def test_caching_latents_runs_and_training_from_them_passes_its_dry_run(run, tmp_path):
+    """With a VAE that has no published weights, on digits, as there is nothing else here."""
+    (caching,), (training,) = those("cache_latents"), those("data.latents")
+    vae, cache = tmp_path / "vae", tmp_path / "cache"
+    build_vae("tiny-f2d4").save(vae)
+    parts = words(caching.replace("packed --path data/imagenet256", "digits --resolution 16"))
+    parts = [{"sdvae": str(vae), "data/sdvae-latents": str(cache)}.get(w, w) for w in parts]
+    code, printed = run(*parts, "--workers", "0")
+    assert code == 0, printed
+    small = [w for w in TINY if "run.name" not in w] + ["vae.train=false", "data.num_classes=null"]
+    parts = [w.replace("data/sdvae-latents", str(cache)) for w in words(training)]
+    code, printed = run(*parts, *small, f"vae.weights={vae}", "--dry-run")
+    assert code == 0 and "note:" not in printed, printed
 
 
-@pytest.mark.parametrize("command", [c for c in SCRIPTS if "doctor" in c])
-def test_the_doctor_speaks_to_its_end(command):
-    """Neither data nor weights are here, so it finds faults; it names them and goes on."""
-    done = run_script(*words(command))
-    assert done.returncode == 2 and not done.stderr, done.stderr
-    assert "FAIL  data" in done.stdout and "memory    about" in done.stdout
+@pytest.mark.parametrize("command", those("reproduce_tables"))
+def test_the_commands_about_tables_run(command, run, tmp_path):
+    dry = ["--dry-run"] * (" digits" in command)
+    code, printed = run(*words(command.replace("DIR", str(tmp_path))), *dry)
+    assert code == 0, printed
 
 
-@pytest.mark.parametrize("command", [c for c in SCRIPTS if "reproduce_tables" in c])
-def test_the_commands_about_tables_run(command, tmp_path):
-    dry = ["--dry-run"] if " digits" in command else []
-    done = run_script(*words(command.replace("DIR", str(tmp_path))), *dry)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    "command", [c for name in ("export_vae", "vae_stats", "visualize_latents") for c in those(name)]
+)
+def test_the_commands_about_a_trained_vae_run(command, run, here, tmp_path):
+    code, printed = run(*here(command))
+    assert code == 0, printed
+    assert list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [c for c in SCRIPTS if any(w in c for w in FLAGS_ONLY)])
-def test_the_other_commands_have_the_flags_of_their_scripts(command):
-    script, *rest = words(command)
-    of_subcommand = rest[:1] if "visualize" in script else []
-    helped = run_script(script, *of_subcommand, "--help").stdout
-    assert all(word in helped for word in rest if word.startswith("--"))
+@pytest.mark.parametrize("command", those("import_official"))
+def test_the_commands_that_import_have_valid_arguments(command):
+    """The files are not here; tests/scripts/test_import_official.py imports such files."""
+    script, *arguments = words(command)
+    parse_args = runpy.run_path(str(ROOT / script))["parse_args"]
+    assert arguments[0] in map(str, vars(parse_args(arguments)).values())
 
 
-def test_the_two_commands_are_there_and_executable():
+def test_every_command_is_tested_above():
+    tested = (
+        "train_repae",
+        "evaluate_fid",
+        "sample_ddp",
+        "doctor",
+        "prepare_data",
+        "cache_latents",
+    )
+    tested += ("reproduce_tables", "export_vae", "vae_stats", "visualize_latents")
+    tested += ("import_official",)
+    assert len(SCRIPTS) > 20
+    assert not [c for c in SCRIPTS if Path(words(c)[0]).stem not in tested]
     for name in ("quickstart", "test"):
         assert f"bash scripts/{name}.sh" in COMMANDS
         assert (ROOT / "scripts" / f"{name}.sh").stat().st_mode & 0o111
@@ -97,20 +181,23 @@ def test_the_two_commands_are_there_and_executable():
 
 
 def test_every_file_that_is_named_exists():
-    named = re.findall(r"`((?:configs|scripts|tests|utils|models|loss|assets)/[\w/.-]+)`", TEXT)
-    named += re.findall(r"\]\((assets/[\w.-]+)\)", TEXT)
-    missing = [n for n in named if not list(ROOT.glob(n)) and not list(ROOT.glob(f"{n}.*"))]
-    assert named and not missing
+    folders = "configs|scripts|tests|utils|models|loss|assets|docs"
+    for page in PAGES:
+        text = page.read_text()
+        named = [ROOT / n for n in re.findall(rf"`((?:{folders})/[\w/.-]+)`", text)]
+        named += [page.parent / n for n in re.findall(r"\]\(([\w./-]+)\)", text)]
+        assert not [n for n in named if not n.exists()], page
+
+
+def test_the_readme_links_every_page_of_the_documentation():
+    readme = PAGES[0].read_text()
+    assert len(readme.splitlines()) <= 170
+    assert not [p.name for p in PAGES[1:] if f"](docs/{p.name})" not in readme]
 
 
 def test_every_setting_that_is_named_exists():
-    from utils.config import load_config
-
-    settings = re.findall(r"`((?:\w+\.)+\w+=[^`\s]+)", TEXT)
-    for pair in settings:
-        if "FILE" not in pair:
-            key = pair.split("=")[0].split(".")
-            node = load_config([])
-            for name in key:
-                node = getattr(node, name)
-    assert len(settings) > 10
+    known = {name for name, _, _ in all_settings(Config())}
+    pattern = r"`((?:run|data|vae|sit|disc|latent_norm|encoder|loss|ema|preview|eval)\.[\w.]+)"
+    named = set(re.findall(pattern, TEXT)) | set(re.findall(r"[` ]((?:\w+\.)+\w+)=", TEXT))
+    assert len(named) > 20
+    assert named - known == {"disc.alone_steps", "loss.diffusion.to_vae"}  # said to be old names

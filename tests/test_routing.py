@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import train_repae
-from loss import reconstruction
+from loss.gan import LeCam
 from models.errors import UserError
 from models.sit import SiT
 from tests.tiny import batch, grads, start, tiny_config
-from utils.learner import only_training
+from utils.training.trained_network import only_training
 
 NO_CLIP = ("vae.optim.clip=0", "sit.optim.clip=0", "disc.optim.clip=0")
 ONLY = {  # overrides that leave one term in the loss
@@ -38,8 +38,8 @@ def record():
 
     def spy(name):
         def phase(*args):
-            for learner in nets.learn.values():
-                learner.opt.zero_grad(set_to_none=True)
+            for trained in nets.trained.values():
+                trained.opt.zero_grad(set_to_none=True)
             before = {k: [p.clone() for p in n.parameters()] for k, n in watched.items()}
             metrics = originals[name](*args)
             moved = {
@@ -170,7 +170,7 @@ def test_a_frozen_vae_never_moves_and_its_norm_is_fixed():
     metrics = train_repae.train_step(nets, *batch(config), config, 0)
     assert all(torch.equal(v, before[k]) for k, v in nets.vae.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(nets.sit.bn.stats(), stats))
-    assert nets.disc is None and set(nets.learn) == {"sit"}
+    assert nets.disc is None and set(nets.trained) == {"sit"}
     assert {k for k in metrics if k.startswith("loss/")} == {"loss/sit/diffusion", "loss/sit/align"}
 
 
@@ -178,7 +178,7 @@ def test_plain_sit_loads_no_encoder(monkeypatch):
     def refuse(*args):
         raise AssertionError("an encoder was loaded")
 
-    monkeypatch.setattr("utils.build.load_encoder", refuse)
+    monkeypatch.setattr("utils.training.networks.load_encoder", refuse)
     config = tiny_config("vae.weights=hub", "vae.train=false", "loss.align.sit=0")
     nets, _ = start(config)
     metrics = train_repae.train_step(nets, *batch(config), config, 0)
@@ -210,9 +210,9 @@ def test_the_gan_term_starts_at_its_step():
 
 
 def test_the_discriminator_trains_alone_first():
-    """disc.alone_steps: nothing else moves, statistics and EMA included; then the joint step is
+    """disc.pretrain_steps: nothing else moves, statistics and EMA included; then the joint step is
     that of a run without such a phase, its counters (warm-up, gan_start) beginning there."""
-    more = ["disc.alone_steps=2", "loss.reg.gan_start=1"]
+    more = ["disc.pretrain_steps=2", "loss.reg.gan_start=1"]
     more += [f"{net}.optim.warmup_steps=10" for net in ("sit", "disc")]
     config = tiny_config(*more)
     nets, _ = start(config)
@@ -227,21 +227,21 @@ def test_the_discriminator_trains_alone_first():
         assert all(torch.equal(v, before[name][n]) for n, v in net.state_dict().items())
     joint = [train_repae.train_step(nets, *batch(config, s), config, s) for s in (2, 3)]
     assert ["loss/vae/gan" in m for m in joint] == [False, True]
-    lrs = [nets.learn[name].opt.param_groups[0]["lr"] for name in ("sit", "disc")]
+    lrs = [nets.trained[name].opt.param_groups[0]["lr"] for name in ("sit", "disc")]
     assert lrs == pytest.approx([2 / 10 * 1e-3, 4 / 10 * 1e-4])  # the second counts all four steps
 
 
 def test_a_lonely_discriminator_needs_one():
-    with pytest.raises(UserError, match=r"disc.alone_steps=2, but no discriminator trains"):
-        tiny_config("disc.alone_steps=2", "loss.reg.gan=0")
-    with pytest.raises(UserError, match=r"disc.alone_steps=4 of run.steps=4 leave none"):
-        tiny_config("disc.alone_steps=4")
+    with pytest.raises(UserError, match=r"disc.pretrain_steps=2, but no discriminator trains"):
+        tiny_config("disc.pretrain_steps=2", "loss.reg.gan=0")
+    with pytest.raises(UserError, match=r"disc.pretrain_steps=4 of run.steps=4 leave none"):
+        tiny_config("disc.pretrain_steps=4")
 
 
 def test_networks_are_frozen_outside_their_phase():
     nets, _ = start(tiny_config())
     assert not any(p.requires_grad for n in (nets.vae, nets.sit, nets.disc) for p in n.parameters())
-    with only_training(nets.learn["vae"]):
+    with only_training(nets.trained["vae"]):
         assert all(p.requires_grad for p in nets.vae.parameters())
         assert not any(p.requires_grad for p in nets.sit.parameters())
     assert not any(p.requires_grad for p in nets.vae.parameters())
@@ -251,5 +251,5 @@ def test_lecam_enters_the_discriminator_loss_only():
     config = tiny_config("loss.reg.lecam=0.1")
     nets, _ = start(config)
     metrics = train_repae.train_step(nets, *batch(config), config, 0)
-    assert isinstance(nets.lecam, reconstruction.LeCam)
+    assert isinstance(nets.lecam, LeCam)
     assert [name for name in metrics if "lecam" in name] == ["loss/disc/lecam"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import train_repae
 from tests.tiny import batch, grads, start, tiny_config
-from utils.draws import Draws
+from utils.training.draws import Draws
 
 NO_CLIP = ("vae.optim.clip=0", "sit.optim.clip=0", "disc.optim.clip=0")
 
@@ -145,7 +145,7 @@ def test_micro_batches_equal_the_big_batch(precision, monkeypatch):
             for k, g in grads(getattr(nets, n)).items()
         }
         results.append((found, nets.sit.bn.running_var.clone(), metrics))
-        scale = nets.learn["vae"].scaler.get_scale()
+        scale = nets.trained["vae"].scaler.get_scale()
         assert scale == (1.0 if precision == "fp32" else 65536.0)
     (big, var, metrics), (small, var_small, metrics_small) = results
     assert relative(small, big) < 1e-4
@@ -160,17 +160,17 @@ def test_fp16_scales_of_the_networks_are_independent():
     config.run.precision = "fp16"
     nets, _ = start(config)
     nets.precision = "fp32"
-    nets.learn["vae"].freeze(False)
-    nets.learn["vae"].params[0].register_hook(lambda g: g * float("inf"))
-    nets.learn["vae"].freeze()
-    before = {name: [p.clone() for p in l.params] for name, l in nets.learn.items()}
+    nets.trained["vae"].freeze(False)
+    nets.trained["vae"].params[0].register_hook(lambda g: g * float("inf"))
+    nets.trained["vae"].freeze()
+    before = {name: [p.clone() for p in l.params] for name, l in nets.trained.items()}
     train_repae.train_step(nets, *batch(config), config, 0)
     moved = {
         name: any((p != q).any() for p, q in zip(learner.params, before[name]))
-        for name, learner in nets.learn.items()
+        for name, learner in nets.trained.items()
     }
     assert moved == {"vae": False, "sit": True, "disc": True}
-    scales = {name: learner.scaler.get_scale() for name, learner in nets.learn.items()}
+    scales = {name: learner.scaler.get_scale() for name, learner in nets.trained.items()}
     assert scales == {"vae": 32768.0, "sit": 65536.0, "disc": 65536.0}
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 
 from models.sit import SiT
 from models.vae import load_vae
-from tests.tiny import run_script, train, train_here
-from utils.tracking import read_metrics
+from tests.tiny import run_here, train, train_here
+from utils.training import networks
+from utils.training.tracking import read_metrics
 
 EVALUATION = ("eval.every=2", "eval.num=24", "eval.features=pixel", "eval.steps=3")
 
@@ -24,8 +25,7 @@ def run(tmp_path_factory):
     """A short run with everything on."""
     out = tmp_path_factory.mktemp("train")
     extra = ("preview.every=2", "preview.num=8", "preview.steps=2", "run.trackers=[tensorboard]")
-    done = train(out, *extra, *EVALUATION)
-    assert done.returncode == 0, done.stderr
+    assert train_here(out, *extra, *EVALUATION) == 0
     return out / "tiny"
 
 
@@ -45,6 +45,33 @@ def test_every_term_is_logged_with_its_name(run):
     expected |= {"loss/disc/hinge", "loss/sit/diffusion", "loss/sit/align"}
     expected |= {f"grad_norm/{net}" for net in ("vae", "disc", "sit")}
     assert expected <= set(row) and row["images_per_second"] > 0
+    assert row["seconds_waiting_for_data"] >= 0
+    assert (row["lr/vae"], row["lr/sit"], row["lr/disc"]) == (1e-3, 1e-3, 1e-4)
+
+
+def test_the_logged_learning_rate_is_0_while_a_network_does_not_move(tmp_path):
+    """In the steps of disc.pretrain_steps only the discriminator is trained."""
+    assert train_here(tmp_path, "disc.pretrain_steps=2", "run.save_every=100") == 0
+    alone, joint = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
+    assert (alone["lr/vae"], alone["lr/sit"], alone["lr/disc"]) == (0, 0, 1e-4)
+    assert (joint["lr/vae"], joint["lr/sit"], joint["lr/disc"]) == (1e-3, 1e-3, 1e-4)
+
+
+def test_a_resumed_run_holds_no_random_sit_beside_the_loaded_ones(tmp_path, monkeypatch):
+    """SiT and EMA are built without memory and take the tensors of the files: at XL size, a random
+    third one on every rank is 8 x 2.7 GB of RAM."""
+    assert train_here(tmp_path, "run.steps=2") == 0
+    devices, build = [], networks.build_sit
+
+    def spy(*args):
+        sit = build(*args)
+        devices.append(sit.device.type)
+        return sit
+
+    monkeypatch.setattr(networks, "build_sit", spy)
+    monkeypatch.setattr(SiT, "from_pretrained", None)
+    assert train_here(tmp_path) == 0
+    assert devices and set(devices) == {"meta"}
 
 
 def test_evaluation_on_the_way_is_named_by_its_size_and_network(run):
@@ -69,7 +96,7 @@ def test_a_new_run_may_add_a_discriminator_to_a_checkpoint_without_one(tmp_path,
     origin = tmp_path / "tiny" / "checkpoints" / "0000002"
     assert train_here(tmp_path) == 2
     assert "has no discriminator" in capsys.readouterr().err
-    more = ("run.name=next", f"run.init_from={origin}", "disc.alone_steps=1", "run.steps=2")
+    more = ("run.name=next", f"run.init_from={origin}", "disc.pretrain_steps=1", "run.steps=2")
     assert train_here(tmp_path, *more) == 0
     assert (tmp_path / "next/checkpoints/0000002/discriminator.safetensors").exists()
 
@@ -112,17 +139,17 @@ def test_diffusers_reads_the_vae_and_reconstructs_as_we_do(run):
     assert len(net.config.latents_mean) == 4
 
 
-def test_a_checkpoint_samples_and_evaluates(run, tmp_path):
+def test_a_checkpoint_samples_and_evaluates(run, tmp_path, capsys):
     """sample_ddp.py, then evaluate_fid.py, on what training left."""
     out = tmp_path / "s.npz"
     checkpoint = run / "checkpoints" / "0000004"
     flags = "--num-samples 20 --class-balanced --solver ode-ab2 --steps 2 --precision fp32"
-    done = run_script("sample_ddp.py", "--checkpoint", checkpoint, "--out", out, *flags.split())
-    assert done.returncode == 0, done.stderr
+    assert run_here("sample_ddp.py", "--checkpoint", checkpoint, "--out", out, *flags.split()) == 0
     assert np.load(out)["arr_0"].shape == (20, 16, 16, 3)
     flags = f"--samples {out} --reference digits:test@16 --features pixel --metrics fid"
-    done = run_script("evaluate_fid.py", *flags.split(), "--cache", "none")
-    assert done.returncode == 0 and "FD[pixel12]" in done.stdout, done.stderr
+    capsys.readouterr()
+    assert run_here("evaluate_fid.py", *flags.split(), "--cache", "none") == 0
+    assert "FD[pixel12]" in capsys.readouterr().out
     assert SiT.from_pretrained(checkpoint / "sit_ema").config.num_classes == 10
 
 
@@ -130,10 +157,10 @@ MISTAKES = {
     "run.stepz=1": "Did you mean: 'steps'",
     "data.num_classes=7": "data.num_classes=7, but the data has 10",
     "data.source=packed": "needs data.path",
-    "loss.reg.lpips=1": "LPIPS needs VGG-16 weights",
+    "loss.reg.lpips=1": "vgg16-397923af.pth not found",
     "encoder.weights=[absent.pth]": "no such file",
     "disc.weights=README.md": "README.md",
-    "vae.weights=absent": "no such file or folder",
+    "vae.weights=absent": "no such file",
     "eval.every=2": "eval.features, eval.weights",
 }
 

@@ -1,5 +1,6 @@
 """The smallest complete run: what the tests of training share."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -9,13 +10,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-import train_repae
 from utils import cli, distributed
-from utils.build import Nets, build_nets
-from utils.config import Config, load_config
-from utils.data import open_source
-from utils.draws import Draws, draw
-from utils.images import u8_to_pm1
+from utils.config.load import load_config
+from utils.config.schema import Config
+from utils.data.images import u8_to_pm1
+from utils.data.registry import open_source
+from utils.training.draws import Draws, draw
+from utils.training.networks import Networks, build_networks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,18 +34,18 @@ def tiny_config(*overrides: str) -> Config:
     return load_config([], [*TINY, *overrides])
 
 
-def start(config: Config) -> tuple[Nets, Accelerator]:
+def start(config: Config) -> tuple[Networks, Accelerator]:
     """Networks of a run on the CPU, the SiT's zero-initialised layers made random: at zero, most
     gradients would be zero for a reason that no routing has."""
     accelerator = distributed.start(config.run_dir, [], tf32=False)
     source = open_source("digits", None, config.data.resolution)
-    nets = build_nets(config, source, accelerator)
+    nets, _ = build_networks(config, source, accelerator)
     wake(nets)
     return nets, accelerator
 
 
 @torch.no_grad()
-def wake(nets: Nets) -> None:
+def wake(nets: Networks) -> None:
     g = torch.Generator().manual_seed(1)
     for (_, p), q in zip(nets.sit.named_parameters(), nets.ema.parameters()):
         p.add_(torch.randn(p.shape, generator=g) * 0.05)
@@ -58,7 +59,15 @@ def batch(config: Config, step: int = 0) -> tuple[torch.Tensor, torch.Tensor, Dr
     x = u8_to_pm1(torch.stack([source[i][0] for i in indices]))
     y = torch.tensor([source[i][1] for i in indices])
     side = config.data.resolution // 2
-    draws = draw(config, step, 0, (config.run.batch_size, 4, side, side), torch.device("cpu"))
+    draws = draw(
+        (config.run.batch_size, 4, side, side),
+        seed=config.run.seed,
+        step=step,
+        hflip=config.data.hflip,
+        time=config.loss.diffusion.time,
+        path=config.loss.diffusion.path,
+        class_dropout_prob=config.sit.class_dropout_prob,
+    )
     return x, y, draws
 
 
@@ -91,17 +100,23 @@ def train(out: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedPro
     return run_script("train_repae.py", *TINY, f"run.out={out}", *overrides, ranks=ranks)
 
 
-def train_here(out: Path, *overrides: str) -> int:
-    """The same in this process, without its seconds of imports; returns the exit code."""
+def run_here(script: str, *words) -> int:
+    """A script in this process, without its seconds of imports; returns the exit code."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    torch.set_num_threads(1)  # as in the processes of `train`: results are compared bit by bit
-    words = sys.argv
-    sys.argv = ["train_repae.py", *TINY, f"run.out={out}", *overrides]
+    torch.set_num_threads(1)  # as in the processes of `run_script`: results are equal bit by bit
+    before = sys.argv
+    sys.argv = [script, *map(str, words)]
     try:
-        cli.run(train_repae.main)
+        cli.run(module.main)
     except SystemExit as end:
         return end.code or 0
     finally:
-        sys.argv = words
+        sys.argv = before
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def train_here(out: Path, *overrides: str) -> int:
+    """`train` in this process; returns the exit code."""
+    return run_here("train_repae.py", *TINY, f"run.out={out}", *overrides)

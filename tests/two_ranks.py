@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_repae
 from tests.tiny import batch, start, tiny_config
-from utils.draws import Draws
+from utils.training.draws import Draws
 
 
 def main(out: Path, *overrides: str) -> None:

@@ -1,7 +1,8 @@
 """The one door to accelerate: processes, device, gradient synchronisation, reductions.
 
 A plain `python` process is one rank; `accelerate launch` makes more. Automatic mixed precision is
-ours (utils/learner.py), so accelerate's is switched off whatever its launch settings say.
+ours (utils/training/trained_network.py), so accelerate's is switched off whatever its launch
+settings say.
 """
 
 import os
@@ -18,54 +19,97 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    gather,
     parse_flag_from_env,
+    reduce,
 )
 
 from models.errors import UserError
+from utils.precision import allow_tf32
 
 # How long a rank waits for another: NCCL's 10 minutes are less than a download, a checkpoint on
 # slow storage, or the last rank's share of 50,000 samples can take.
-PATIENCE = timedelta(hours=6)
+TIMEOUT = timedelta(hours=6)
 
 
-def join() -> PartialState:
-    """Join the other ranks, if any: rank facts and device, for scripts that train nothing."""
-    return PartialState(cpu=_on_cpu(), timeout=PATIENCE)
+class Ranks:
+    """The processes that run one program, and what they do together.
+
+    `rank` of `world` processes; `device` is where this one computes, CUDA or the CPU. With
+    `distributed=False` this process is the only one, however it was launched.
+    """
+
+    def __init__(self, distributed: bool = True, device: torch.device | str | None = None):
+        self.state = PartialState(cpu=_on_cpu(), timeout=TIMEOUT) if distributed else None
+        self.rank = self.state.process_index if self.state else 0
+        self.world = self.state.num_processes if self.state else 1
+        self.device = torch.device(
+            device or (self.state.device if self.state else default_device())
+        )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *words) -> None:
+        """Print on the main process alone."""
+        if self.is_main:
+            print(*words, flush=True)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return reduce(tensor, "sum") if self.world > 1 else tensor
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, D) of every rank => (world * B, D) in the order of ranks."""
+        return gather(tensor.contiguous()) if self.world > 1 else tensor
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            self.state.wait_for_everyone()
+
+    def on_main(self, function: Callable):
+        """The result of a call that the main process alone makes, on every rank.
+
+        If it fails with a `UserError` (or ends the program), the main process raises that. The
+        others exit quietly with code 0: an error code would make the launcher kill the main process
+        before it has printed its message.
+        """
+        value = problem = None
+        if self.is_main:
+            try:
+                value = function()
+            except (UserError, SystemExit) as error:
+                problem = error
+        if self.world > 1:
+            failed, value = broadcast_object_list([problem is not None, value])
+            problem = problem or (SystemExit(0) if failed else None)
+        if problem is not None:
+            raise problem
+        return value
+
+    def main_first(self, function: Callable):
+        """The result of a call that every rank makes, the main process first: it downloads, the
+        others read its cache. Errors as in `on_main`."""
+        own = []
+        self.on_main(lambda: own.append(function()))
+        return own[0] if own else function()
 
 
-def allow_tf32(allowed: bool) -> None:
-    """TF32 in float32 matrix products and convolutions, on GPUs that have it."""
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
-        backend.fp32_precision = "tf32" if allowed else "ieee"
-
-
-def main_first(state: PartialState, function: Callable, share: bool = False):
-    """`function()` on every rank, on the main process first; with `share`, on that alone, and its
-    value on every rank. If it fails there, every rank ends: the main process with the error, the
-    others in silence, with exit code 0 so that no launcher kills the one that is about to speak."""
-    value = problem = None
-    if state.is_main_process:
-        try:
-            value = function()
-        except (UserError, SystemExit) as error:
-            problem = error
-    failed, shared = broadcast_object_list([problem is not None, value if share else None])
-    if failed:
-        raise problem or SystemExit(0)
-    if share:
-        return shared
-    return value if state.is_main_process else function()
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU: Apple's mps has no float64, which statistics need."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _on_cpu() -> bool:
-    """Whether to run on the CPU. Without being told, accelerate forms no group of CPU ranks."""
+    """Whether to run on the CPU; accelerate forms a group of CPU ranks only if it is asked to."""
     if "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         print(
             "warning: this is a single process: for N ranks on the CPU, accelerate needs "
             "`accelerate launch --multi_gpu --num_processes N` (with --cpu it needs MPI)",
             file=sys.stderr,
         )
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or default_device().type == "cpu"
 
 
 def start(run_dir: Path, trackers: list[str], tf32: bool) -> Accelerator:
@@ -79,7 +123,7 @@ def start(run_dir: Path, trackers: list[str], tf32: bool) -> Accelerator:
         project_config=ProjectConfiguration(logging_dir=str(run_dir / "tensorboard")),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=PATIENCE),
+            InitProcessGroupKwargs(timeout=TIMEOUT),
         ],
         dynamo_backend="no",
     )
@@ -93,25 +137,25 @@ def launched_ranks() -> int:
 class StopSignal:
     """Remembers SIGTERM and SIGUSR1, so that the loop can save before it ends.
 
-    Ranks may be told at different moments, and must stop at the same step: they vote, and because
-    a vote waits for the GPU it is taken only every `POLL_EVERY` steps when there are several.
+    A signal may reach ranks at different moments, and they must stop at the same step: they vote.
+    A vote waits for the GPU, so with several ranks it is taken only every `POLL_EVERY` steps.
     """
 
     POLL_EVERY = 10
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.told = accelerator, False
+        self.accelerator, self.received = accelerator, False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame) -> None:
-        self.told = True
+        self.received = True
 
     def agreed(self, step: int) -> bool:
-        """Whether any rank was told to stop; the same answer on every rank."""
+        """Whether any rank received a signal; the same answer on every rank."""
         if self.accelerator.num_processes == 1:
-            return self.told
+            return self.received
         if step % self.POLL_EVERY:
             return False
-        vote = torch.tensor(float(self.told), device=self.accelerator.device)
+        vote = torch.tensor(float(self.received), device=self.accelerator.device)
         return self.accelerator.reduce(vote, "sum").item() > 0

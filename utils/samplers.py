@@ -1,32 +1,49 @@
-"""Samplers of the SiT: from noise (t = 1) to latents (t = 0), ODE and SDE.
+"""Samplers of the SiT: from noise (t = 1) to latents (t = 0), by an ODE or an SDE.
 
-SiT (arXiv 2401.08740, Sec. 2); guidance interval of arXiv 2404.07724. The state is float64, the
-network runs in its own precision. Everything happens in normalised latent space.
+SiT (arXiv 2401.08740, Sec. 2), guidance interval of arXiv 2404.07724. The state is float64, the
+network runs in its own precision, everything happens in normalised latent space.
 
-    solver      network calls   what
-    ode-euler   steps           first order
-    ode-heun    2 steps - 1     second order: Euler, corrected where it lands
-    ode-ab2     steps           second order from the velocity of the step before (Adams-Bashforth)
-    sde         steps           Euler-Maruyama, the sampler of the published tables
+`SOLVERS` at the end of this file is the one list of solvers: the choices of --solver and of the
+configuration, the least number of steps, the counts of network calls and the plots follow from it.
+A new ODE solver is one function and one row:
 
+    def integrate_midpoint(field: Field, x: torch.Tensor, times: list[float]) -> torch.Tensor:
+        for t, t_next in pairwise(times):
+            middle = (t + t_next) / 2
+            x = x + (t_next - t) * field(x + (middle - t) * field(x, t), middle)
+        return x
+
+    "ode-midpoint": Solver("second order", integrate_midpoint, lambda steps: 2 * steps),
+
+Guidance makes the field jump at the ends of its interval. A solver that uses velocities of earlier
+steps must not mix those of both sides: where `field.is_guided` changes it has to start again with a
+one-step formula, as `integrate_ab2` does. A one-step solver has nothing to do.
+
+torch is imported where it is used, so that a parser of arguments can read `SOLVERS` without it.
 N batch, C latent channels, h w latent grid. x state, v velocity, t time, y label.
 """
 
+from __future__ import annotations
+
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from loss.interpolant import score_from_velocity
+from models.errors import UserError
 
-SOLVERS = ("ode-euler", "ode-heun", "ode-ab2", "sde")
-SDE_LAST_TIME = 0.04  # the last stochastic step ends here: the score grows without bound at t = 0
+if TYPE_CHECKING:
+    import torch
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
-Field = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, scalar t) -> velocity of x
+    Generators = torch.Generator | Sequence[torch.Generator] | None
+
+# The default guidance interval, of `sample` and of every program: guide at all times.
+GUIDANCE_INTERVAL = (0.0, 1.0)
+# The last stochastic step of the SDE ends here: the score grows without bound at t = 0.
+SDE_LAST_TIME = 0.04
 
 
-@torch.no_grad()
 def sample(
     sit: torch.nn.Module,
     noise: torch.Tensor,
@@ -35,7 +52,7 @@ def sample(
     solver: str = "ode-heun",
     steps: int = 50,
     cfg_scale: float = 1.0,
-    guidance: tuple[float, float] = (0.0, 1.0),
+    guidance: tuple[float, float] = GUIDANCE_INTERVAL,
     path: str = "linear",
     generator: Generators = None,
     shift: float = 1.0,
@@ -45,132 +62,212 @@ def sample(
     `cfg_scale` guides while guidance[0] <= t <= guidance[1], t being the time of each evaluation;
     outside only the conditional branch runs. `generator` feeds the SDE: one for the whole batch, or
     one for each image (then an image does not depend on its batch); on the generator's device.
-    `shift` above 1 moves the times towards the noise, see `shift_times`.
+    `shift` above 1 moves the times towards the noise, see `shift_time`. Raises `UserError` if
+    `cfg_scale` is not 1 and the network has no null label.
     """
+    import torch
+
     assert solver in SOLVERS, solver
-    assert steps >= (2 if solver == "sde" else 1), (solver, steps)
-    field = guided_field(sit, y, cfg_scale, guidance)
-    times = solver_times(solver, steps, shift)
-    x = noise.double()
-    if solver == "sde":
-        return integrate_sde(field, x, times, path, generator).float()
-    if solver == "ode-ab2":
-        guided = [is_guided(t, cfg_scale, guidance) for t in times]
-        return integrate_ab2(field, x, times, guided).float()
-    step = {"ode-euler": _euler_step, "ode-heun": _heun_step}[solver]
-    for t, t_next in pairwise(times):
-        x = step(field, x, t, t_next)
-    return x.float()
+    assert steps >= least_steps(solver), (solver, steps)
+    with torch.no_grad():
+        field = Field(sit, y, cfg_scale, guidance, path, generator)
+        times = SOLVERS[solver].times(steps, shift)
+        return SOLVERS[solver].integrate(field, noise.double(), times).float()
 
 
-def solver_times(solver: str, steps: int, shift: float = 1.0) -> torch.Tensor:
-    """The ends of the steps, float64: (steps + 1,) from 1 to 0, or for the SDE (steps,) from 1 to
-    `SDE_LAST_TIME`, whatever the shift: the step from there to 0 leaves about that much noise."""
-    if solver != "sde":
-        return shift_times(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
-    last = shift_times(torch.tensor(SDE_LAST_TIME, dtype=torch.float64), 1 / shift)
-    return shift_times(torch.linspace(1, float(last), steps, dtype=torch.float64), shift)
+class Field:
+    """The velocity field (x, t) => v that a solver integrates, guided inside the interval.
+
+    It also knows what only the SDE needs: the score at x, and fresh noise.
+    """
+
+    def __init__(
+        self,
+        sit: torch.nn.Module,
+        y: torch.Tensor,
+        cfg_scale: float = 1.0,
+        guidance: tuple[float, float] = GUIDANCE_INTERVAL,
+        path: str = "linear",
+        generator: Generators = None,
+    ):
+        import torch
+
+        self.sit, self.y, self.cfg_scale, self.guidance = sit, y, cfg_scale, guidance
+        self.path, self.generator = path, generator
+        # A module without weights (an analytic field) sees the state as it is.
+        self.dtype = next((p.dtype for p in sit.parameters()), torch.float64)
+        # Times stay float32 for a bfloat16 network: bfloat16 cannot tell 0.996 from 1.
+        self.time_dtype = torch.promote_types(self.dtype, torch.float32)
+        if cfg_scale == 1:
+            return
+        null_label = getattr(sit, "null_label", None)
+        if null_label is None:
+            raise UserError(
+                f"cfg_scale {cfg_scale}: this SiT was trained without a null label, so it has no "
+                "unconditional velocity to guide by; leave cfg_scale 1"
+            )
+        self.y_both = y.new_full((2 * len(y),), null_label)
+        self.y_both[: len(y)] = y
+
+    def __call__(self, x: torch.Tensor, t: float) -> torch.Tensor:
+        """u + cfg_scale (c - u) of the conditional velocity c and the unconditional u, which run
+        in one network call of 2 N; outside the interval c alone. (N, C, h, w) float64."""
+        if not self.is_guided(t):
+            return self._velocity(x, t, self.y)
+        cond, uncond = self._velocity(x.repeat(2, 1, 1, 1), t, self.y_both).chunk(2)
+        return uncond + self.cfg_scale * (cond - uncond)
+
+    def is_guided(self, t: float) -> bool:
+        """Whether an evaluation at time t runs both branches."""
+        return self.cfg_scale != 1 and self.guidance[0] <= t <= self.guidance[1]
+
+    def _velocity(self, x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
+        # Filled on the device: a copy from the CPU would wait for the GPU to run dry.
+        times = x.new_full((len(x),), t, dtype=self.time_dtype)
+        return self.sit(x.to(self.dtype), times, y)[0].double()
+
+    def sde_drift(self, x: torch.Tensor, t: float) -> torch.Tensor:
+        """v - w s / 2, (N, C, h, w), with the diffusion coefficient w(t) = 2 t and the score s.
+
+        Affine in v: the drift of a guided velocity is the guided drift.
+        """
+        import torch
+
+        v, t = self(x, t), torch.tensor(t, dtype=torch.float64)
+        return v - t * score_from_velocity(v, x, t, self.path)
+
+    def fresh_noise(self, x: torch.Tensor) -> torch.Tensor:
+        """Standard normal of x's shape and dtype, drawn on the device of the generator(s)."""
+        import torch
+
+        g = self.generator
+        if g is None or isinstance(g, torch.Generator):
+            device = x.device if g is None else g.device
+            return torch.randn(x.shape, dtype=x.dtype, generator=g, device=device).to(x.device)
+        assert len(g) == len(x), (len(g), len(x))
+        shape = x.shape[1:]
+        noise = torch.stack(
+            [torch.randn(shape, dtype=x.dtype, generator=each, device=each.device) for each in g]
+        )
+        if x.is_cuda and not noise.is_cuda:  # a pageable copy would wait for the GPU to run dry
+            noise = noise.pin_memory()
+        return noise.to(x.device, non_blocking=True)
 
 
-def shift_times(t: torch.Tensor, shift: float) -> torch.Tensor:
+# --------------------------------------------------------------------------------------
+# Times, from 1 to 0.
+
+
+def shift_time(t: float, shift: float) -> float:
     """Timestep shift t => shift t / (1 + (shift - 1) t) (SD3, arXiv 2403.03206, Eq. 23): above 1
     more steps where it is noisy. 0 and 1 stay; 1 / shift is the inverse."""
     return shift * t / (1 + (shift - 1) * t)
 
 
-def guided_field(
-    sit: torch.nn.Module, y: torch.Tensor, cfg_scale: float, guidance: tuple[float, float]
-) -> Field:
-    """The field (x, t) => u + cfg_scale (c - u), float64, of the conditional velocity c and the
-    unconditional u; both branches run in one network call of 2 N."""
-
-    def velocity(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        # times stay float32 for a bfloat16 network: bfloat16 cannot tell 0.996 from 1; a module
-        # without weights (an analytic field) sees the state as it is
-        dtype = next((p.dtype for p in sit.parameters()), x.dtype)
-        times = t.to(x.device, x.dtype if dtype == x.dtype else torch.float32).expand(len(x))
-        v, _ = sit(x.to(dtype), times, labels)
-        return v.double()
-
-    def field(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        if not is_guided(t, cfg_scale, guidance):
-            return velocity(x, t, y)
-        null = torch.full_like(y, sit.config.num_classes)
-        cond, uncond = velocity(torch.cat([x, x]), t, torch.cat([y, null])).chunk(2)
-        return uncond + cfg_scale * (cond - uncond)
-
-    return field
+def ode_times(steps: int, shift: float = 1.0) -> list[float]:
+    """The steps + 1 ends of the steps."""
+    return _shifted(0.0, steps + 1, shift)
 
 
-def is_guided(t: torch.Tensor, cfg_scale: float, guidance: tuple[float, float]) -> bool:
-    """Whether an evaluation at scalar time t runs both branches."""
-    return cfg_scale != 1 and guidance[0] <= float(t) <= guidance[1]
+def sde_times(steps: int, shift: float = 1.0) -> list[float]:
+    """The `steps` times from 1 to `SDE_LAST_TIME`, whatever the shift: the last step, from there to
+    0, leaves about that much noise."""
+    return _shifted(shift_time(SDE_LAST_TIME, 1 / shift), steps, shift)
 
 
-def _euler_step(
-    field: Field, x: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor
-) -> torch.Tensor:
-    return x + (t_next - t) * field(x, t)
+def _shifted(last: float, num: int, shift: float) -> list[float]:
+    import torch
+
+    return [
+        shift_time(t, shift) for t in torch.linspace(1, last, num, dtype=torch.float64).tolist()
+    ]
 
 
-def _heun_step(
-    field: Field, x: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor
-) -> torch.Tensor:
-    """Euler, corrected by the velocity where it lands; the last step, to t = 0, is left Euler."""
-    v = field(x, t)
-    x_next = x + (t_next - t) * v
-    if t_next == 0:
-        return x_next
-    return x + (t_next - t) * 0.5 * (v + field(x_next, t_next))
+# --------------------------------------------------------------------------------------
+# Solvers: (field, x, times) => x at time 0, float64.
 
 
-def integrate_ab2(
-    field: Field, x: torch.Tensor, times: torch.Tensor, guided: Sequence[bool]
-) -> torch.Tensor:
-    """Two-step Adams-Bashforth for unequal steps: one network call a step, second order.
-
-    The first step is Euler's, and so is the one after `guided` changes: there the field jumps, and
-    the velocity of the step before belongs to another field.
-    """
-    v_before, dt_before = None, None
-    for k, (t, t_next) in enumerate(pairwise(times)):
-        v, dt = field(x, t), t_next - t
-        half = 0 if k == 0 or guided[k] != guided[k - 1] else dt / dt_before / 2
-        x = x + dt * (v if half == 0 else (1 + half) * v - half * v_before)
-        v_before, dt_before = v, dt
+def integrate_euler(field: Field, x: torch.Tensor, times: list[float]) -> torch.Tensor:
+    for t, t_next in pairwise(times):
+        x = x + (t_next - t) * field(x, t)
     return x
 
 
-def integrate_sde(
-    field: Field, x: torch.Tensor, times: torch.Tensor, path: str, generator: Generators
-) -> torch.Tensor:
+def integrate_heun(field: Field, x: torch.Tensor, times: list[float]) -> torch.Tensor:
+    """Euler, corrected by the velocity where it lands; the last step, to t = 0, is left Euler."""
+    for t, t_next in pairwise(times):
+        v = field(x, t)
+        x_next = x + (t_next - t) * v
+        if t_next != 0:
+            x_next = x + (t_next - t) * 0.5 * (v + field(x_next, t_next))
+        x = x_next
+    return x
+
+
+def integrate_ab2(field: Field, x: torch.Tensor, times: list[float]) -> torch.Tensor:
+    """Two-step Adams-Bashforth for unequal steps: one network call a step, second order.
+
+    The first step is Euler's, and so is the one after guidance sets in or ends: there the field
+    jumps, and the velocity of the step before belongs to another field.
+    """
+    v_before, t_before = None, None
+    for t, t_next in pairwise(times):
+        v, dt = field(x, t), t_next - t
+        if t_before is None or field.is_guided(t) != field.is_guided(t_before):
+            x = x + dt * v
+        else:
+            half = dt / (t - t_before) / 2
+            x = x + dt * ((1 + half) * v - half * v_before)
+        v_before, t_before = v, t
+    return x
+
+
+def integrate_sde(field: Field, x: torch.Tensor, times: list[float]) -> torch.Tensor:
     """Euler-Maruyama: a stochastic step between each two of `times`, then one without to 0."""
     for t, t_next in pairwise(times):
         dt = t_next - t
-        mean = x + dt * sde_drift(field(x, t), x, t, path)
-        x = mean + (2 * t * dt.abs()).sqrt() * draw_like(x, generator)
-    t = times[-1]
-    return x - t * sde_drift(field(x, t), x, t, path)
+        mean = x + dt * field.sde_drift(x, t)
+        x = mean + math.sqrt(2 * t * abs(dt)) * field.fresh_noise(x)
+    return x - times[-1] * field.sde_drift(x, times[-1])
 
 
-def sde_drift(v: torch.Tensor, x: torch.Tensor, t: torch.Tensor, path: str) -> torch.Tensor:
-    """v - w s / 2, (N, C, h, w), with the diffusion coefficient w(t) = 2 t and the score s at x.
+class Solver(NamedTuple):
+    # what it is, in a few words
+    summary: str
+    # (field, x at time 1, times) => x at time 0
+    integrate: Callable[[Field, torch.Tensor, list[float]], torch.Tensor]
+    # number of steps => number of network calls
+    network_calls: Callable[[int], int]
+    least_steps: int = 1
+    # (number of steps, shift) => the times that `integrate` gets
+    times: Callable[[int, float], list[float]] = ode_times
 
-    Affine in v: the drift of a guided velocity is the guided drift.
-    """
-    return v - t * score_from_velocity(v, x, t, path)
+
+SOLVERS = {
+    "ode-euler": Solver("first order", integrate_euler, lambda steps: steps),
+    "ode-heun": Solver(
+        "second order: Euler, corrected where it lands", integrate_heun, lambda steps: 2 * steps - 1
+    ),
+    "ode-ab2": Solver(
+        "second order, from the velocity of the step before too (Adams-Bashforth)",
+        integrate_ab2,
+        lambda steps: steps,
+    ),
+    "sde": Solver(
+        "Euler-Maruyama, the sampler of the published tables",
+        integrate_sde,
+        lambda steps: steps,
+        least_steps=2,
+        times=sde_times,
+    ),
+}
 
 
-def draw_like(x: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """Standard normal of x's shape and dtype, drawn on the device of the generator(s)."""
-    if generator is None or isinstance(generator, torch.Generator):
-        device = x.device if generator is None else generator.device
-        return torch.randn(x.shape, dtype=x.dtype, generator=generator, device=device).to(x.device)
-    assert len(generator) == len(x), (len(generator), len(x))
-    rows = [
-        torch.randn(x.shape[1:], dtype=x.dtype, generator=g, device=g.device) for g in generator
-    ]
-    noise = torch.stack(rows)
-    if x.is_cuda and not noise.is_cuda:  # a pageable copy would wait for the GPU to run dry
-        noise = noise.pin_memory()
-    return noise.to(x.device, non_blocking=True)
+def least_steps(solver: str) -> int:
+    """The smallest number of steps that a solver of `SOLVERS` can take."""
+    return SOLVERS[solver].least_steps
+
+
+def network_calls(solver: str, steps: int) -> int:
+    """How often a solver of `SOLVERS` calls the network; a guided call counts once."""
+    return SOLVERS[solver].network_calls(steps)

@@ -5,13 +5,7 @@ import math
 import pytest
 import torch
 
-from loss.interpolant import (
-    PATHS,
-    coefficients,
-    interpolate,
-    score_from_velocity,
-    time_from_normal,
-)
+from loss.interpolant import PATHS, coefficients, interpolate, score_from_velocity, time_from_normal
 
 F64 = torch.float64
 INSIDE = torch.linspace(0.02, 0.98, 25, dtype=F64)

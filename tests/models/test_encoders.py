@@ -1,12 +1,12 @@
 """The frozen encoders: every row of the table, the authors' file formats, and the arithmetic.
 
-    python -m pytest tests/models/test_encoders.py        (CPU, no network)
-
 Weights are random: files are made here in the key format that each group of authors publishes.
+The networks are cut to one or two blocks, which leaves the code path as it is.
 """
 
 import os
 import re
+from dataclasses import replace
 
 import pytest
 import timm
@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from models.encoders import ENCODERS, HALF, IMAGENET, encoder_shape, load_encoder
+from models.encoders import (
+    ENCODERS,
+    HALF,
+    IMAGENET,
+    OPENAI,
+    EncoderSpec,
+    encoder_shape,
+    encoder_weight_file,
+    load_encoder,
+)
 from models.errors import UserError
 
 WIDTH = {  # of every row
@@ -71,11 +80,16 @@ def pictures(side: int, n: int = 1) -> torch.Tensor:
 
 def normalised(x_pm1, stats, side: int):
     """The preprocessing, written out."""
-    mean, std = (torch.tensor(v)[None, :, None, None] for v in stats)
+    mean, std = (torch.tensor(stats[k])[None, :, None, None] for k in ("mean", "std"))
     x = (x_pm1 * 0.5 + 0.5 - mean) / std
     if x.shape[-1] == side:
         return x
     return F.interpolate(x, (side, side), mode="bicubic", align_corners=False)
+
+
+def stats_of(timm_name: str) -> dict:
+    cfg = timm.get_pretrained_cfg(timm_name)
+    return {"mean": cfg.mean, "std": cfg.std}
 
 
 def close(a, b):
@@ -85,19 +99,33 @@ def close(a, b):
 # ---------------------------------------------------------------- the table
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_every_row_builds_at_256_and_512(name):
-    assert encoder_shape(name) == (16, WIDTH[name])
+@pytest.fixture
+def one_block(monkeypatch):
+    """Every row with a single block: width, patches and prefix tokens stay what they are."""
+    for name, row in ENCODERS.items():
+        monkeypatch.setitem(ENCODERS, name, replace(row, kwargs=row.kwargs | {"depth": 1}))
+
+
+def test_every_row_gives_the_tokens_of_its_grid_in_its_width(one_block):
+    assert {name: encoder_shape(name) for name in ENCODERS} == {
+        n: (16, d) for n, d in WIDTH.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["dinov2-b", "dinov3-s", "mae-h", "clip-l", "ijepa-h", "pe-core-l"]
+)
+def test_at_512_pixels_a_side_has_twice_the_tokens(one_block, name):
     assert encoder_shape(name, resolution=512) == (32, WIDTH[name])
 
 
-def test_the_table_is_complete_and_each_name_is_known_to_timm():
-    assert set(WIDTH) == set(ENCODERS)
+def test_mean_and_std_are_those_of_timm_and_each_row_is_published_there():
     for name, spec in ENCODERS.items():
+        if name.startswith("mocov3"):  # timm's row of that name has other weights
+            continue
         cfg = timm.get_pretrained_cfg(spec.timm_name)
-        if not name.startswith("mocov3"):
-            assert spec.mean == pytest.approx(cfg.mean) and spec.std == pytest.approx(cfg.std)
-            assert cfg.hf_hub_id or cfg.url
+        assert spec.mean == pytest.approx(cfg.mean) and spec.std == pytest.approx(cfg.std)
+        assert cfg.hf_hub_id or cfg.url
 
 
 def test_norm_follows_repa_and_irepa():
@@ -133,8 +161,7 @@ def test_quickstart_network_from_a_local_file(tmp_path, classes):
     save_file(net.state_dict(), tmp_path / "teacher.safetensors")
     encoder = load_encoder("timm:test_vit3", tmp_path / "teacher.safetensors", 16, 8)
     x = pictures(16, 2)
-    cfg = timm.get_pretrained_cfg("test_vit3")
-    tokens = net.forward_features(normalised(x, (cfg.mean, cfg.std), 128))
+    tokens = net.forward_features(normalised(x, stats_of("test_vit3"), 128))
     assert encoder(x).shape == (2, 64, 96)
     close(encoder(x), tokens[:, net.num_prefix_tokens :])
     assert "state_dict" not in encoder.net.pretrained_cfg
@@ -145,8 +172,7 @@ def test_a_cnn_gives_its_last_feature_map_as_tokens(tmp_path):
     torch.save(net.state_dict(), tmp_path / "cnn.pth")
     encoder = load_encoder("timm:test_resnet", tmp_path / "cnn.pth", resolution=64)
     x = pictures(64)
-    cfg = timm.get_pretrained_cfg("test_resnet")
-    fmap = net.forward_features(normalised(x, (cfg.mean, cfg.std), 4 * 32))  # (1, 96, 4, 4)
+    fmap = net.forward_features(normalised(x, stats_of("test_resnet"), 4 * 32))  # (1, 96, 4, 4)
     assert encoder(x).shape == (1, 16, 96)
     close(encoder(x)[0, 6], fmap[0, :, 1, 2])  # token = row * grid + column
 
@@ -154,8 +180,16 @@ def test_a_cnn_gives_its_last_feature_map_as_tokens(tmp_path):
 # ---------------------------------------------------------------- the authors' file formats
 
 
-def vit_small(name="vit_small_patch16_224", **kwargs):
-    return noisy(timm.create_model(name, num_classes=0, **kwargs))
+def shrink(monkeypatch, name: str, **kwargs) -> EncoderSpec:
+    """Cut a row of the table to two blocks, and to what `kwargs` say: a second in place of many."""
+    row = ENCODERS[name]
+    monkeypatch.setitem(ENCODERS, name, replace(row, kwargs=row.kwargs | {"depth": 2} | kwargs))
+    return ENCODERS[name]
+
+
+def build(spec: EncoderSpec, **kwargs):
+    """The network of a row, as its authors have it."""
+    return noisy(timm.create_model(spec.timm_name, num_classes=0, **spec.kwargs, **kwargs))
 
 
 def dinov2_state(net) -> dict:
@@ -168,15 +202,16 @@ def dinov2_state(net) -> dict:
 
 
 @pytest.mark.parametrize("registers", [False, True])
-def test_dinov2_pth(tmp_path, registers):
+def test_dinov2_pth(tmp_path, monkeypatch, registers):
     name = "dinov2-reg-s" if registers else "dinov2-s"
-    net = vit_small(ENCODERS[name].timm_name, img_size=518)
+    spec = shrink(monkeypatch, name)
+    net = build(spec, img_size=518)
     state = dinov2_state(net)
     assert state["pos_embed"].shape[1] == 1370
     torch.save(state, tmp_path / "dinov2.pth")
     encoder, x = load_encoder(name, tmp_path / "dinov2.pth"), pictures(256)
 
-    small, weights = vit_small(ENCODERS[name].timm_name, img_size=224), net.state_dict()
+    small, weights = build(spec, img_size=224), net.state_dict()
     prefix = 0 if registers else 1
     weights["pos_embed"] = resample_abs_pos_embed(
         weights["pos_embed"], [16, 16], num_prefix_tokens=prefix
@@ -189,14 +224,6 @@ def test_dinov2_pth(tmp_path, registers):
     close(plain.var(2, unbiased=False), torch.ones(1, 256))
 
 
-def shrink(monkeypatch, name: str, **kwargs):
-    """Cut a huge row to two narrow blocks: the same code path in a second instead of a minute."""
-    row = ENCODERS[name]
-    small = type(row)(**{**vars(row), "kwargs": row.kwargs | kwargs})
-    monkeypatch.setitem(ENCODERS, name, small)
-    return noisy(timm.create_model(row.timm_name, num_classes=0, **small.kwargs))
-
-
 def blocks_then(net, x):
     """Last block's output without the final norm, prefix token dropped."""
     h = net.norm_pre(net._pos_embed(net.patch_embed(x)))
@@ -206,7 +233,7 @@ def blocks_then(net, x):
 
 
 def test_mae_pth_is_resampled_to_256_and_not_normalised(tmp_path, monkeypatch):
-    net = shrink(monkeypatch, "mae-b", depth=2, embed_dim=64, num_heads=4)
+    net = build(shrink(monkeypatch, "mae-b", embed_dim=64, num_heads=4))
     torch.save({"model": net.state_dict()}, tmp_path / "mae.pth")
     encoder, x = load_encoder("mae-b", tmp_path / "mae.pth"), pictures(256)
     at_224 = net.state_dict()["pos_embed"].clone()
@@ -220,7 +247,7 @@ def test_mae_pth_is_resampled_to_256_and_not_normalised(tmp_path, monkeypatch):
 
 
 def test_ijepa_file_with_its_predictor_and_optimizer(tmp_path, monkeypatch):
-    net = shrink(monkeypatch, "ijepa-h", depth=2, embed_dim=64, num_heads=4)
+    net = build(shrink(monkeypatch, "ijepa-h", embed_dim=64, num_heads=4))
     encoder_state = {f"module.{k}": v for k, v in net.state_dict().items()}
     other = {k: torch.randn_like(v) for k, v in encoder_state.items()}
     file = {"encoder": encoder_state, "target_encoder": other, "predictor": other, "epoch": 300}
@@ -246,8 +273,8 @@ def dinov3_state(net, qkv_bias: float) -> dict:
     return state
 
 
-def test_dinov3_pth(tmp_path, capsys):
-    net = vit_small("vit_small_patch16_dinov3.lvd1689m", img_size=256)
+def test_dinov3_pth(tmp_path, monkeypatch, capsys):
+    net = build(shrink(monkeypatch, "dinov3-s"), img_size=256)
     torch.save(dinov3_state(net, 0.0), tmp_path / "dinov3.pth")
     encoder, x = load_encoder("dinov3-s", tmp_path / "dinov3.pth"), pictures(256)
     close(encoder(x), net.forward_features(normalised(x, IMAGENET, 256))[:, 5:])
@@ -257,8 +284,8 @@ def test_dinov3_pth(tmp_path, capsys):
         load_encoder("dinov3-s", tmp_path / "biased.pth")
 
 
-def test_mocov3_keeps_the_base_encoder_only(tmp_path):
-    net = vit_small(num_heads=12)
+def test_mocov3_keeps_the_base_encoder_only(tmp_path, monkeypatch):
+    net = build(shrink(monkeypatch, "mocov3-s"))
     base = {f"module.base_encoder.{k}": v for k, v in net.state_dict().items()}
     momentum = {k.replace("base", "momentum"): torch.randn_like(v) for k, v in base.items()}
     head = {"module.base_encoder.head.0.weight": torch.randn(4, 384), "module.predictor.0.bias": 1}
@@ -270,16 +297,15 @@ def test_mocov3_keeps_the_base_encoder_only(tmp_path):
 
 
 def test_clip_head_is_dropped_and_tokens_are_not_normalised(tmp_path, monkeypatch):
-    net = shrink(monkeypatch, "clip-l", depth=2, embed_dim=64, num_heads=4)
+    net = build(shrink(monkeypatch, "clip-l", embed_dim=64, num_heads=4))
     with_head = net.state_dict() | {
         "head.weight": torch.zeros(768, 64),
         "head.bias": torch.zeros(768),
     }
     save_file(with_head, tmp_path / "clip.safetensors")
     encoder, x = load_encoder("clip-l", tmp_path / "clip.safetensors"), pictures(256)
-    stats = (ENCODERS["clip-l"].mean, ENCODERS["clip-l"].std)
     with torch.no_grad():
-        close(encoder(x), blocks_then(net, normalised(x, stats, 224)))
+        close(encoder(x), blocks_then(net, normalised(x, OPENAI, 224)))
 
 
 def perception_state(net) -> dict:
@@ -318,7 +344,7 @@ def perception_state(net) -> dict:
 
 
 def test_perception_encoder_in_its_authors_names(tmp_path, monkeypatch):
-    net = shrink(monkeypatch, "pe-core-b", depth=2, embed_dim=96, num_heads=4)
+    net = build(shrink(monkeypatch, "pe-core-b", embed_dim=96, num_heads=4))
     assert net.patch_embed.grid_size == (14, 14)
     torch.save(perception_state(net), tmp_path / "pe.pt")
     encoder, x = load_encoder("pe-core-b", tmp_path / "pe.pt", resolution=224), pictures(224)
@@ -329,7 +355,7 @@ def test_perception_encoder_in_its_authors_names(tmp_path, monkeypatch):
 
 
 def test_siglip2_uses_its_own_half_half_normalisation(tmp_path, monkeypatch):
-    net = shrink(monkeypatch, "siglip2-b", depth=2, embed_dim=48, num_heads=4)
+    net = build(shrink(monkeypatch, "siglip2-b", embed_dim=48, num_heads=4))
     save_file(net.state_dict(), tmp_path / "siglip.safetensors")
     encoder, x = load_encoder("siglip2-b", tmp_path / "siglip.safetensors"), pictures(256)
     close(normalised(x, HALF, 256), x)  # [-1, 1] is what it was trained on
@@ -352,7 +378,7 @@ def test_unknown_names():
         encoder_shape("timm:resnet181")
 
 
-def test_a_file_that_is_absent_or_of_another_network(tmp_path):
+def test_a_file_that_is_absent_or_of_another_network(tmp_path, one_block):
     with pytest.raises(UserError, match=r"encoder\.weights=.*none\.pth: no such file"):
         load_encoder("dinov2-b", tmp_path / "none.pth")
     state = timm.create_model("test_vit3", num_classes=0).state_dict()
@@ -388,24 +414,21 @@ def test_networks_without_a_grid_of_tokens_are_refused():
     assert encoder_shape("dinov2-b", resolution=100, grid=7) == (7, 768)
 
 
-def test_offline_messages_name_source_cache_and_remedy(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError) as caught:
-        load_encoder("dinov2-b")
-    text, hub = one_line(caught), "timm/vit_base_patch14_dinov2.lvd142m"
-    assert f"{hub}/model.safetensors" in text and "huggingface" in text
-    assert f"hf download {hub} model.safetensors" in text and "encoder.weights=FILE" in text
-
-    def no_network(url, path):
-        raise OSError("unreachable")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(UserError, match=r"https://dl\.fbaipublicfiles\.com/ijepa/.*curl") as caught:
-        load_encoder("ijepa-h")
-    assert str(tmp_path) in one_line(caught)
+def test_each_published_file_is_named_as_timm_has_it(tmp_path):
+    hub, url = encoder_weight_file("dinov2-b"), encoder_weight_file("ijepa-h")
+    assert (hub.repo, hub.name) == ("timm/vit_base_patch14_dinov2.lvd142m", "model.safetensors")
+    assert url.url.startswith("https://dl.fbaipublicfiles.com/ijepa/") and not url.repo
+    assert "encoder.weights=FILE" in hub.remedy and "encoder.weights=FILE" in url.remedy
+    assert encoder_weight_file("dinov2-b", tmp_path).path == tmp_path
+    assert encoder_weight_file("dinov2-b", "random") is None
     with pytest.raises(UserError, match=r"timm publishes no weights of mocov3-b: .*moco-v3"):
         load_encoder("mocov3-b")
+
+
+def test_offline_a_published_encoder_is_refused(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"model\.safetensors of timm/test_vit3.* not found"):
+        load_encoder("timm:test_vit3", resolution=160)
 
 
 def test_published_weights_come_through_the_hub_cache(monkeypatch, tmp_path):
@@ -417,7 +440,7 @@ def test_published_weights_come_through_the_hub_cache(monkeypatch, tmp_path):
         asked.append((repo, file))
         return str(tmp_path / file)
 
-    monkeypatch.setattr("models.encoders.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     encoder = load_encoder("timm:test_vit3", resolution=160)
     assert asked == [("timm/test_vit3.r160_in1k", "model.safetensors")]
     x = pictures(160)

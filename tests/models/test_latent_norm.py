@@ -1,6 +1,6 @@
 """The latent norm: its inverse, torch's BatchNorm2d on one rank, two ranks on a joint batch.
 
-Run with RANK STORE OUT as arguments this file is one of the two ranks.
+Run with STORE OUT as arguments this file is the second rank.
 """
 
 import os
@@ -176,31 +176,32 @@ def run_case(case, images):
     }
 
 
-def rank_main(rank, store, out):
+def run_rank(rank, store):
+    """The results of one of two ranks."""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
-        rank=int(rank),
+        rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=120),
     )
-    half = slice(3 * int(rank), 3 * int(rank) + 3)
-    torch.save({case: run_case(case, half) for case in CASES}, out)
-    dist.destroy_process_group()
+    try:
+        half = slice(3 * rank, 3 * rank + 3)
+        return {case: run_case(case, half) for case in CASES}
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
+    """Rank 0 is this process, rank 1 another one."""
     folder = tmp_path_factory.mktemp("ranks")
-    outs = [folder / f"{rank}.pt" for rank in range(2)]
-    command = [sys.executable, __file__]
+    command = [sys.executable, __file__, str(folder / "store"), str(folder / "1.pt")]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder / "store"), str(out)], env=env)
-        for rank, out in enumerate(outs)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    return [torch.load(out, weights_only=True) for out in outs]
+    other = subprocess.Popen(command, env=env)
+    here = run_rank(0, folder / "store")
+    assert other.wait(timeout=120) == 0
+    return [here, torch.load(folder / "1.pt", weights_only=True)]
 
 
 @pytest.fixture(params=CASES)
@@ -257,4 +258,4 @@ def test_local_moments_would_show():
 
 
 if __name__ == "__main__":
-    rank_main(*sys.argv[1:])
+    torch.save(run_rank(1, sys.argv[1]), sys.argv[2])

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from models.sit import SIZES, SiT, sincos_pos_embed
+from models.errors import UserError
+from models.sit import SiT, load_sit, sincos_pos_embed
+from models.sizes import SIZES
 
 TINY = {
     "input_size": 8,
@@ -64,6 +67,19 @@ def inputs(num=3, side=8, classes=10):
 # The independent implementation: functions on a state dict, float64.
 
 
+def silu(h):
+    return h / (1 + (-h).exp())
+
+
+def gelu(h):
+    return 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+
+
+def norm(h, eps):
+    mean = h.mean(-1, keepdim=True)
+    return (h - mean) / ((h - mean) ** 2).mean(-1, keepdim=True).add(eps).sqrt()
+
+
 def reference(state, x, t, y, *, patch, heads, depth, align_depth, encoders, projector, qk_norm):
     """(v, feats, h after every block) of a SiT whose tensors are `state`."""
     s = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
@@ -73,16 +89,6 @@ def reference(state, x, t, y, *, patch, heads, depth, align_depth, encoders, pro
 
     def linear(name, h):
         return h @ s[name + ".weight"].T + s[name + ".bias"]
-
-    def silu(h):
-        return h / (1 + (-h).exp())
-
-    def gelu(h):
-        return 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-
-    def norm(h, eps):
-        mean = h.mean(-1, keepdim=True)
-        return (h - mean) / ((h - mean) ** 2).mean(-1, keepdim=True).add(eps).sqrt()
 
     def qk(name, h):
         return norm(h, 1e-5) * s[name + ".weight"] + s[name + ".bias"] if qk_norm else h
@@ -261,25 +267,25 @@ def test_published_shapes_of_xl2():
 SHAPES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
-@pytest.mark.parametrize("patch", [1, 2, 4, 8])
-@pytest.mark.parametrize("size", SHAPES)
-def test_every_size_builds_and_runs(size, patch):
-    """All 16, on the meta device: shapes of a whole forward, S included."""
-    depth, width, heads = SHAPES[size]
-    row = SIZES[f"SiT-{size}/{patch}"]
-    assert row == {"hidden_size": width, "depth": depth, "num_heads": heads, "patch_size": patch}
+def test_the_sixteen_sizes_are_the_published_ones():
+    assert {
+        f"SiT-{s}/{p}": {"hidden_size": d, "depth": n, "num_heads": h, "patch_size": p}
+        for s, (n, d, h) in SHAPES.items()
+        for p in (1, 2, 4, 8)
+    } == SIZES
+
+
+@pytest.mark.parametrize(("size", "patch"), [("S", 8), ("B", 4), ("L", 2), ("XL", 1)])
+def test_every_width_and_patch_builds_and_runs(size, patch):
+    """On the meta device: shapes of a whole forward."""
     with torch.device("meta"):
-        net = SiT(input_size=16, **row)
+        net = SiT(input_size=16, **SIZES[f"SiT-{size}/{patch}"])
         v, (feats,) = net(
             torch.randn(2, 4, 16, 16), torch.rand(2), torch.zeros(2, dtype=torch.long)
         )
-    assert len(net.blocks) == depth
+    assert len(net.blocks) == SHAPES[size][0]
     assert v.shape == (2, 4, 16, 16)
     assert feats.shape == (2, (16 // patch) ** 2, 768)
-
-
-def test_there_are_sixteen_sizes():
-    assert set(SIZES) == {f"SiT-{s}/{p}" for s in SHAPES for p in (1, 2, 4, 8)}
 
 
 @pytest.mark.parametrize(("size", "millions"), [("B/2", 130), ("L/2", 458), ("XL/2", 675)])
@@ -400,19 +406,71 @@ def test_no_encoder_means_no_projector_and_no_features():
 @pytest.mark.parametrize(
     "changes", [{}, {"qk_norm": True, "projector": "conv", "encoder_dims": (8, 24)}]
 )
-def test_save_and_load_is_bit_equal_buffers_and_config_included(tmp_path, changes):
+@pytest.mark.parametrize("load", [SiT.from_pretrained, load_sit], ids=["diffusers", "ours"])
+def test_save_and_load_is_bit_equal_buffers_and_config_included(tmp_path, changes, load):
     net, batch = randomised(**changes, latent_norm="fixed"), inputs()
     net.save_pretrained(tmp_path)
-    again = SiT.from_pretrained(tmp_path)
+    again = load(tmp_path)
     before, after = net.state_dict(), again.state_dict()
     assert list(before) == list(after)
     for key in before:
         assert before[key].dtype == after[key].dtype and torch.equal(before[key], after[key]), key
     assert torch.equal(net(*batch)[0], again(*batch)[0])
-    assert again.bn.fixed and again.null_label == 10
+    assert again.bn.fixed and again.null_label == 10 and not again.training
     mine = {k: list(v) if isinstance(v, tuple) else v for k, v in net.config.items() if k[0] != "_"}
     theirs = {k: list(v) if isinstance(v, tuple) else v for k, v in again.config.items()}
     assert mine == {k: theirs[k] for k in mine}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a saved SiT, and its file of weights."""
+    tiny().save_pretrained(tmp_path)
+    return tmp_path, tmp_path / "diffusion_pytorch_model.safetensors"
+
+
+def test_a_loaded_sit_trains_and_is_saved_like_any_other(saved):
+    """Its tensors are those of the file, not copies of random ones: nothing is left on meta."""
+    net = load_sit(saved[0])
+    assert {t.device.type for t in (*net.parameters(), *net.buffers())} == {"cpu"}
+    net.train()(*inputs())[0].sum().backward()
+    torch.optim.SGD(net.parameters(), lr=1.0).step()
+    net.normalize(torch.randn(3, 4, 8, 8))
+    net.save_pretrained(saved[0])
+    again = load_sit(saved[0]).state_dict()
+    assert all(torch.equal(again[k], v) for k, v in net.state_dict().items())
+    assert again["bn.num_batches_tracked"] == 1
+
+
+def test_loading_a_sit_is_strict(saved):
+    """`from_pretrained` fills what is missing with random numbers."""
+    folder, file = saved
+    state = load_file(file)
+    state["blocks.9.new"] = state.pop("blocks.1.attn.qkv.bias")
+    save_file(state, file)
+    with pytest.raises(UserError) as caught:
+        load_sit(folder)
+    text = str(caught.value)
+    assert "1 missing (blocks.1.attn.qkv.bias)" in text and "1 unexpected (blocks.9.new)" in text
+    assert str(folder) in text and "\n" not in text
+
+
+@pytest.mark.parametrize("fault", ["truncated", "no weights", "no config", "a VAE", "no folder"])
+def test_what_holds_no_sit_is_refused_in_one_line(saved, fault):
+    folder, file = saved
+    if fault == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif fault == "no weights":
+        file.unlink()
+    elif fault == "no config":
+        (folder / "config.json").unlink()
+    elif fault == "a VAE":
+        (folder / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    else:
+        folder = folder / "absent"
+    with pytest.raises(UserError) as caught:
+        load_sit(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_position_embedding_is_never_trained():

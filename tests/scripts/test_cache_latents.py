@@ -3,11 +3,14 @@
 python -m pytest tests/scripts/test_cache_latents.py
 """
 
+import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -23,12 +26,17 @@ from models.vae import build_vae, load_vae
 from scripts import cache_latents
 from tests.tiny import ROOT, run_script, tiny_config, train_here
 from utils import distributed
-from utils.build import build_nets
-from utils.data import open_source
-from utils.draws import draw
-from utils.examples import join_cache
-from utils.images import u8_to_pm1
-from utils.latents import CachedSource, LatentCache, checksum
+from utils.data import latents
+from utils.data.base import Source
+from utils.data.images import u8_to_pm1
+from utils.data.latents import CachedSource, LatentCache, checksum
+from utils.data.registry import open_source
+from utils.data.sampling import collate
+from utils.data.sharded import ShardedFolder
+from utils.data.training import join_cache
+from utils.training.batch import make_batch, to_device
+from utils.training.draws import Draws, draw
+from utils.training.networks import build_networks
 
 SCRIPT = "scripts/cache_latents.py"
 NUM = 40
@@ -85,19 +93,43 @@ def config_of(images, vae, cache=None, *more):
     return tiny_config(*given, *more)
 
 
+def examples_of(config, images) -> Source:
+    return join_cache(config, open_source("folder", images, config.data.resolution))
+
+
+def first_batch(examples: Source) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The first eight examples as a step gets them: images in [-1, 1], labels, cached rows."""
+    return to_device(collate([examples[i] for i in range(8)]), torch.device("cpu"), False)
+
+
+def draws_of(config, step: int = 0) -> Draws:
+    return draw(
+        (8, 4, 8, 8),
+        seed=config.run.seed,
+        step=step,
+        hflip=config.data.hflip,
+        time=config.loss.diffusion.time,
+        path=config.loss.diffusion.path,
+        class_dropout_prob=config.sit.class_dropout_prob,
+    )
+
+
+def latents_of(nets, rows, draws: Draws, hflip: bool) -> torch.Tensor:
+    """What the SiT phase of a step with a frozen VAE is given."""
+    x, y, cached = rows
+    return train_repae.encode_frozen(nets, make_batch(x, y, draws, cached, hflip).split(1))
+
+
 def one_step(config, images):
     """Losses and gradients of one step, and the latents it used."""
     accelerator = distributed.start(config.run_dir, [], tf32=False)
-    source = open_source("folder", images, 16)
-    nets = build_nets(config, source, accelerator)
-    examples = join_cache(config, source)
-    batch = torch.utils.data.default_collate([examples[i] for i in range(8)])
-    x_u8, y, *cached = batch
-    draws = draw(config, 0, 0, (8, 4, 8, 8), torch.device("cpu"))
-    parts = train_repae.make_parts(u8_to_pm1(x_u8), y, draws, cached, 1)
-    train_repae.frozen_vae_phase(nets, parts)
-    metrics = train_repae.train_step(nets, u8_to_pm1(x_u8), y, draws, config, 0, cached)
-    return metrics, parts[0].z, nets
+    examples = examples_of(config, images)
+    cache = examples.cache if config.data.latents else None
+    nets, _ = build_networks(config, examples, accelerator, cache=cache)
+    rows, draws = first_batch(examples), draws_of(config)
+    z = latents_of(nets, rows, draws, config.data.hflip)
+    x, y, cached = rows
+    return train_repae.train_step(nets, x, y, draws, config, 0, cached), z, nets
 
 
 @pytest.mark.parametrize("hflip", ["false", "true"])
@@ -113,36 +145,27 @@ def test_a_step_from_the_cache_is_the_step_through_the_vae(images, vae, cache, h
 
 def test_latents_are_drawn_anew_in_every_step(images, vae, cache):
     config = config_of(images, vae, cache)
-    source = join_cache(config, open_source("folder", images, 16))
-    _, y, *cached = torch.utils.data.default_collate([source[i] for i in range(8)])
-    x = torch.zeros(8, 3, 0, 0)
-    z = []
-    for step in (0, 1):
-        draws = draw(config, step, 0, (8, 4, 8, 8), torch.device("cpu"))
-        part = train_repae.make_parts(x, y, draws, cached, 1)
-        train_repae.frozen_vae_phase(None, part)
-        z.append(part[0].z)
-    std = cached[0][:, 0, 1].float()
+    rows = first_batch(examples_of(config, images))
+    z = [latents_of(None, rows, draws_of(config, step), hflip=False) for step in (0, 1)]
+    std = rows[2][0][:, 0, 1].float()
     assert ((z[0] - z[1]).abs() > 0.01 * std).float().mean() > 0.95
 
 
 def test_neither_vae_nor_encoder_runs_nor_is_an_image_read(images, vae, cache, monkeypatch):
     config = config_of(images, vae, cache, "encoder.cached=true")
-    source = open_source("folder", images, 16)
-    examples = join_cache(config, source)
+    examples = examples_of(config, images)
 
     def refuse(*_):
         raise AssertionError("it ran")
 
-    monkeypatch.setattr("utils.build.load_encoder", refuse)
-    monkeypatch.setattr(type(source), "__getitem__", refuse)
+    monkeypatch.setattr("utils.training.networks.load_encoder", refuse)
+    monkeypatch.setattr(type(examples.images), "__getitem__", refuse)
     accelerator = distributed.start(config.run_dir, [], tf32=False)
-    nets = build_nets(config, source, accelerator)
+    nets, _ = build_networks(config, examples, accelerator, cache=examples.cache)
     monkeypatch.setattr(nets.vae, "encode", refuse)
-    x_u8, y, *cached = torch.utils.data.default_collate([examples[i] for i in range(8)])
-    draws = draw(config, 0, 0, (8, 4, 8, 8), torch.device("cpu"))
-    metrics = train_repae.train_step(nets, u8_to_pm1(x_u8), y, draws, config, 0, cached)
-    assert metrics["loss/sit/align"].isfinite() and x_u8.numel() == 0
+    x, y, cached = first_batch(examples)
+    metrics = train_repae.train_step(nets, x, y, draws_of(config), config, 0, cached)
+    assert metrics["loss/sit/align"].isfinite() and x.numel() == 0
 
 
 def test_cached_tokens_are_those_of_the_encoder(images, vae, tmp_path, monkeypatch):
@@ -189,10 +212,10 @@ def test_an_image_removed_or_added_is_refused_by_name(images, vae, cache, tmp_pa
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((images / name).read_bytes())
     config = config_of(tmp_path, vae, cache)
-    text = refusal(lambda: join_cache(config, open_source("folder", tmp_path, 16)))
+    text = refusal(lambda: examples_of(config, tmp_path))
     assert f"latents without an image: 1 (first {names[0]})" in text and "40 images" in text
     (tmp_path / "a" / "new.png").write_bytes((images / names[0]).read_bytes())
-    text = refusal(lambda: join_cache(config, open_source("folder", tmp_path, 16)))
+    text = refusal(lambda: examples_of(config, tmp_path))
     assert "images without latents: 1 (first a/new.png)" in text
 
 
@@ -203,11 +226,11 @@ def test_other_pixels_under_the_same_names_are_refused(images, vae, cache, tmp_p
         picture = np.array(Image.open(path))
         Image.fromarray(picture // 2).save(copy)
     config = config_of(tmp_path, vae, cache)
-    text = refusal(lambda: join_cache(config, open_source("folder", tmp_path, 16)))
+    text = refusal(lambda: examples_of(config, tmp_path))
     assert "made from other images: the pixels of" in text
     again = words(tmp_path, vae, cache, "--hflip", *ENCODER)
     with pytest.MonkeyPatch.context() as patch:  # a random encoder's weights would differ first
-        patch.setattr(cache_latents, "check_plan", lambda *_: None)
+        patch.setattr(ShardedFolder, "check_plan", lambda _: None)
         patch.setattr(sys, "argv", [SCRIPT, *again])
         assert "was begun with other images" in refusal(cache_latents.main)
 
@@ -216,9 +239,11 @@ def test_rows_follow_their_keys_not_their_order(images, vae, cache, tmp_path):
     """The same images under the same keys, listed in another order."""
     source = open_source("folder", images, 16)
 
-    class Shuffled:
-        num_classes, resolution, labels = 3, 16, None
+    class Shuffled(Source):
+        """It does not know its labels without reading the images."""
+
         order = np.random.RandomState(0).permutation(NUM).tolist()
+        classes = source.classes
 
         def __len__(self):
             return NUM
@@ -229,9 +254,8 @@ def test_rows_follow_their_keys_not_their_order(images, vae, cache, tmp_path):
         def key(self, i):
             return source.key(self.order[i])
 
-    config = config_of(images, vae, cache)
-    plain = CachedSource(source, LatentCache(cache), config)
-    shuffled = CachedSource(Shuffled(), LatentCache(cache), config)
+    plain = CachedSource(source, LatentCache(cache), features=False, pixels=False)
+    shuffled = CachedSource(Shuffled(None, 16), LatentCache(cache), features=False, pixels=False)
     for i in range(NUM):
         for a, b in zip(shuffled[i], plain[Shuffled.order[i]]):
             assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
@@ -256,26 +280,30 @@ def test_another_vae_is_refused_by_name(images, vae, cache, tmp_path):
 )
 def test_other_settings_are_refused(images, vae, cache, more, said):
     config = config_of(images, vae, cache, *more)
-    resolution = config.data.resolution
-    source = open_source("folder", images, resolution)
-    assert said in refusal(lambda: join_cache(config, source))
+    assert said in refusal(lambda: examples_of(config, images))
 
 
-def test_few_files_are_open_at_a_time(images, vae, cache, monkeypatch):
+def test_few_files_are_open_at_a_time(cache, monkeypatch):
     """Every memory map holds a file descriptor, and ImageNet has hundreds of shards."""
-    monkeypatch.setattr("utils.latents.OPEN_FILES", 2)
-    few, many = LatentCache(cache), LatentCache(cache)
+    monkeypatch.setattr(latents, "OPEN_FILES", 2)
+    few, many = LatentCache(cache), latents_without_limit(cache)
     for row in (0, 39, 17, 1, 38):
-        assert torch.equal(few.read("latents", row), many.read("latents", row))
-        assert torch.equal(few.read("features-0", row), many.read("features-0", row))
-        assert len(few._arrays) <= 2
+        for name in few.arrays:
+            assert torch.equal(few.read(name, row), many[name][row])
+        assert sum(len(rows._maps) for rows in few._rows.values()) <= 2
+
+
+def latents_without_limit(cache) -> dict[str, torch.Tensor]:
+    """Name of an array => all its rows."""
+    names = ("latents", "features-0")
+    files = {name: sorted(cache.glob(f"{name}-*.npy")) for name in names}
+    return {n: torch.from_numpy(np.concatenate([np.load(f) for f in files[n]])) for n in names}
 
 
 def test_mirrored_training_needs_mirrored_copies(images, vae, tmp_path, monkeypatch):
     cache_here(monkeypatch, images, vae, tmp_path / "c")
     config = config_of(images, vae, tmp_path / "c", "data.hflip=true")
-    source = open_source("folder", images, 16)
-    assert "--hflip" in refusal(lambda: join_cache(config, source))
+    assert "--hflip" in refusal(lambda: examples_of(config, images))
 
 
 def test_unfinished_other_crop_and_cut_caches_are_refused(images, vae, tmp_path, monkeypatch):
@@ -315,30 +343,56 @@ def content(folder) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".npy", ".txt")}
 
 
-def test_a_killed_run_goes_on_and_two_ranks_write_what_one_writes(
-    images, vae, tmp_path, monkeypatch
-):
-    """kill -9 while it writes; then two ranks finish: byte for byte the file of one undisturbed."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    slow = ("--batch-size", 1, "--shard-size", 4)
-    cache_here(monkeypatch, images, vae, whole, "--batch-size", 1, "--shard-size", 4)
-    command = [sys.executable, SCRIPT, *words(images, vae, killed, *slow)]
+SLOW = ("--batch-size", 1, "--shard-size", 4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images, vae, tmp_path_factory):
+    """The cache of ten small shards, made at one go."""
+    out = tmp_path_factory.mktemp("undisturbed") / "c"
+    with pytest.MonkeyPatch.context() as patch:
+        cache_here(patch, images, vae, out, *SLOW)
+    return out
+
+
+def check_same_cache(found, expected) -> None:
+    """Byte for byte; meta.json also says which commit made it."""
+    assert content(found) == content(expected)
+    metas = [json.loads((f / "meta.json").read_text()) for f in (found, expected)]
+    assert [metas[0][k] == metas[1][k] for k in ("mean", "std", "shards")] == [True] * 3
+
+
+def test_a_killed_run_is_continued(images, vae, undisturbed, tmp_path, monkeypatch):
+    """kill -9 while it writes, then the same command: as if nothing had happened."""
+    out = tmp_path / "c"
+    command = [sys.executable, SCRIPT, *words(images, vae, out, *SLOW)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not list(killed.glob("shard-*.json")):
+    while not list(out.glob("shard-*.json")):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (killed / "meta.json").exists()
-    before = {p.name: p.stat().st_mtime_ns for p in killed.glob("shard-*.json")}
-    done = run_script(SCRIPT, *words(images, vae, killed, *slow), ranks=2)
+    assert not (out / "meta.json").exists()
+    before = {p: p.stat().st_mtime_ns for p in out.glob("shard-*.json")}
+    cache_here(monkeypatch, images, vae, out, *SLOW)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+    check_same_cache(out, undisturbed)
+
+
+@pytest.mark.slow
+def test_two_ranks_finish_what_one_began(images, vae, undisturbed, tmp_path):
+    """Each keeps to its own shards; an array without its record is written again."""
+    out = tmp_path / "c"
+    shutil.copytree(undisturbed, out)
+    for name in ("meta.json", "keys.txt", *(f"shard-0000{k}.json" for k in (1, 2, 5, 6, 7))):
+        (out / name).unlink()
+    before = {p: p.stat().st_mtime_ns for p in out.glob("shard-*.json")}
+    done = run_script(SCRIPT, *words(images, vae, out, *SLOW), ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert all((killed / name).stat().st_mtime_ns == t for name, t in before.items())
-    assert content(killed) == content(whole)
-    statistics = [json.loads((f / "meta.json").read_text()) for f in (whole, killed)]
-    assert [statistics[0][k] == statistics[1][k] for k in ("mean", "std", "shards")] == [True] * 3
+    assert len(before) == 5 and all(p.stat().st_mtime_ns == t for p, t in before.items())
+    check_same_cache(out, undisturbed)
 
 
 def test_disk_need_is_said_first_and_enforced(images, vae, tmp_path, monkeypatch, capsys):
@@ -373,3 +427,48 @@ def test_the_checksum_sees_every_pixel():
     y = x.clone()
     y[2, 3, 3] = 1
     assert checksum(x) != checksum(y) and checksum(x) == checksum(x.clone())
+
+
+def test_the_checksum_does_not_see_the_memory_layout():
+    """Caches were made with batches of (3, H, W) memory, and with batches of (H, W, 3) memory."""
+    x = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
+    nhwc = x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert checksum(nhwc) == checksum(x) == zlib.crc32(bytes(range(48)))
+
+
+def test_a_cache_that_the_first_version_began_is_finished(images, vae, tmp_path, monkeypatch):
+    """Its plan and records, written out; the arrays of finished shards are kept as they are."""
+    whole, old = tmp_path / "whole", tmp_path / "old"
+    cache_here(monkeypatch, images, vae, whole, "--hflip")
+    old.mkdir()
+    found = json.loads((whole / "plan.json").read_text())
+    keys = "".join(f"{key}\n" for key in keys_of(images))
+    plan = {
+        "copies": 2,
+        "latent_shape": [4, 8, 8],
+        "encoders": [],
+        "resolution": 16,
+        "precision": "fp32",
+        "format": "repae-latents-1",
+        "crop_version": "adm-center-crop-1",
+        "num_images": NUM,
+        "keys_sha256": hashlib.sha256(keys.encode()).hexdigest(),
+        "vae_sha256": latents.weights_digest(load_vae(str(vae))),
+        "shard_size": 16,
+    }
+    assert found == plan
+    (old / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+    rows = np.load(whole / "latents-00001.npy")
+    np.save(old / "latents-00001.npy", rows)
+    record = json.loads((whole / "shard-00001.json").read_text())
+    assert list(record) == ["moments", "checksums"] and len(record["checksums"]) == len(rows)
+    (old / "shard-00001.json").write_text(json.dumps(record, indent=1) + "\n")
+    (old / "latents-00002.tmp").write_bytes(b"left over")
+    before = (old / "latents-00001.npy").stat().st_mtime_ns
+    cache_here(monkeypatch, images, vae, old, "--hflip")
+    assert content(old) == content(whole)
+    assert (old / "latents-00001.npy").stat().st_mtime_ns == before
+
+
+def keys_of(images) -> list[str]:
+    return sorted(p.relative_to(images).as_posix() for p in images.rglob("*.png"))

@@ -1,5 +1,6 @@
 """Packing: the same pixels as the folder, whatever interrupts it."""
 
+import hashlib
 import io
 import json
 import os
@@ -15,11 +16,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from models.errors import UserError
 from scripts import prepare_data
-from utils.data import StepSampler, make_loader, open_source
+from utils import cli, files
+from utils.data import packed as packed_data
+from utils.data.registry import open_source
+from utils.data.sampling import StepSampler, make_loader
 
 SCRIPT = Path(prepare_data.__file__)
 
@@ -42,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
 
 def pack(src, out, *options, workers=0) -> None:
     words = [src, out, "--resolution", 16, "--shard-size", 5, "--workers", workers, *options]
-    assert prepare_data.main([str(word) for word in words]) == 0
+    prepare_data.main([str(word) for word in words])
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -110,14 +115,14 @@ def test_lost_shards_are_made_again(folder, packed, tmp_path, lost):
     assert content(out) == content(packed)
 
 
-def test_kill_and_rerun(tmp_path):
+def test_kill_and_rerun(tmp_path, capsys):
     """kill -9 after the first shard, then the same command: as if nothing had happened."""
     src, out = tmp_path / "src", tmp_path / "out"
     src.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), "u1")
-    for i in range(240):
+    for i in range(120):
         Image.fromarray(np.roll(pixels, i, 0)).save(src / f"{i:03d}.png", compress_level=1)
-    options = ["--resolution", "64", "--shard-size", "20", "--workers", "2"]
+    options = ["--resolution", "64", "--shard-size", "10", "--workers", "2"]
     command = [sys.executable, str(SCRIPT), str(src), str(out), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not (out / "shard-00000.json").exists():
@@ -130,18 +135,17 @@ def test_kill_and_rerun(tmp_path):
     whole = [record.with_suffix(".npy") for record in out.glob("shard-*.json")]
     finished = {path: path.stat().st_mtime_ns for path in whole}
     assert 1 <= len(finished) < 12
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "packed 240 images, 1 classes, 0 skipped" in again.stdout
+    prepare_data.main([str(src), str(out), *options[:-1], "0"])
+    assert "packed 120 images, 1 classes, 0 skipped" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in finished.items())
-    words = [str(src), str(tmp_path / "reference"), *options[:-1], "0"]
-    assert prepare_data.main(words) == 0
+    prepare_data.main([str(src), str(tmp_path / "reference"), *options[:-1], "0"])
     assert content(out) == content(tmp_path / "reference")
 
 
 def test_changed_settings_are_refused(folder, packed, tmp_path):
     for options, message in (
-        (["--resolution", 8], "begun with resolution=16, now it is 8; use the same"),
-        (["--shard-size", 6], "begun with shard_size=5, now it is 6"),
+        (["--resolution", 8], "begun with resolution=16, now 8; use the same"),
+        (["--shard-size", 6], "begun with shard_size=5, now 6"),
     ):
         with pytest.raises(UserError, match=message) as error:
             pack(folder, packed, *options)
@@ -151,13 +155,13 @@ def test_changed_settings_are_refused(folder, packed, tmp_path):
     with pytest.raises(UserError, match="begun with source_sha256="):
         pack(tmp_path / "src", packed)
     (tmp_path / "src/class0/0.png").unlink()
-    with pytest.raises(UserError, match="begun with num_listed=23, now it is 22"):
+    with pytest.raises(UserError, match="begun with num_listed=23, now 22, source_sha256="):
         pack(tmp_path / "src", packed)
 
 
 def test_changed_crop_is_refused(folder, packed, monkeypatch):
-    monkeypatch.setattr(prepare_data, "CROP_VERSION", "new")
-    with pytest.raises(UserError, match="begun with crop_version=adm-center-crop-1, now it is new"):
+    monkeypatch.setattr(packed_data, "CROP_VERSION", "new")
+    with pytest.raises(UserError, match="begun with crop_version=adm-center-crop-1, now new"):
         pack(folder, packed)
 
 
@@ -181,17 +185,13 @@ def test_places_that_are_refused(folder, tmp_path):
         pack(folder, tmp_path / "notes.txt")
 
 
-def test_two_runs_on_one_folder_are_refused(folder, tmp_path):
-    hold = f"import fcntl, time; f = open({str(tmp_path / '.lock')!r}, 'w'); "
-    hold += "fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
-    try:
-        holder.stdout.readline()
-        with pytest.raises(UserError, match="another run writes"):
-            pack(folder, tmp_path)
-    finally:
-        holder.kill()
-        holder.wait()
+def test_two_runs_on_one_folder_are_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.05)
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(UserError, match="another run writes"),
+    ):
+        pack(folder, tmp_path)
 
 
 def test_nothing_readable(tmp_path):
@@ -203,7 +203,7 @@ def test_nothing_readable(tmp_path):
 
 
 def test_a_dying_worker_ends_the_run(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "pack_image", die)
+    monkeypatch.setattr(packed_data, "_pack_image", die)
     with pytest.raises(UserError, match="one of 1 workers died"):
         pack(folder, tmp_path / "out", workers=1)
 
@@ -216,7 +216,7 @@ def test_ctrl_c_is_one_line(folder, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_data, "pack_with", interrupted)
+    monkeypatch.setattr(packed_data, "_write_shards", interrupted)
     with pytest.raises(UserError, match="interrupted; run the same command again"):
         pack(folder, tmp_path / "out", workers=1)
 
@@ -243,19 +243,63 @@ def test_hdf5_to_packed(tmp_path):
 
 
 def test_packed_through_the_loader(packed):
+    """By workers or not: the rows as they lie on disk, (H, W, 3) in memory."""
     source = open_source("packed", packed, 16)
     sampler = StepSampler(len(source), 10, seed=0, end_step=3)
     parallel = list(make_loader(source, sampler, workers=2))
     for (x, y), (x_ref, y_ref) in zip(parallel, make_loader(source, sampler), strict=True):
         assert torch.equal(x, x_ref) and torch.equal(y, y_ref)
+        assert x.permute(0, 2, 3, 1).is_contiguous() and x_ref.permute(0, 2, 3, 1).is_contiguous()
 
 
-def test_the_command_itself(tmp_path):
-    def call(*words):
-        command = [sys.executable, str(SCRIPT), *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+def test_pixels_are_not_packed_again(packed, tmp_path):
+    with pytest.raises(UserError, match="holds pixels already"):
+        pack(packed, tmp_path / "out", "--source", "packed")
 
-    missing = call("nowhere", "out")
-    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
-    assert "data.path=nowhere: no such folder" in missing.stderr
-    assert call("a", "b", "--resolution", "0").returncode == 2
+
+def test_a_folder_that_the_first_version_began_is_finished(folder, packed, tmp_path):
+    """Its plan and records, written out; the arrays of finished shards are kept as they are."""
+    out = tmp_path / "out"
+    out.mkdir()
+    plan = {
+        "format": "repae-packed-1",
+        "crop_version": "adm-center-crop-1",
+        "resolution": 16,
+        "shard_size": 5,
+        "source": "folder",
+        "num_listed": 23,
+        "source_sha256": source_sha256(folder),
+    }
+    (out / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+    for shard in (0, 2):  # five images, four images and a broken one
+        rows = np.load(packed / f"shard-0000{shard}.npy")
+        np.save(out / f"shard-0000{shard}.npy", rows)
+        record = json.loads((packed / f"shard-0000{shard}.json").read_text())
+        assert list(record) == ["keys", "labels", "skipped"] and len(record["keys"]) == len(rows)
+        (out / f"shard-0000{shard}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "shard-00001.tmp").write_bytes(b"left over")
+    before = {p: p.stat().st_mtime_ns for p in out.glob("shard-*.npy")}
+    pack(folder, out)
+    assert content(out) == content(packed)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+
+
+def source_sha256(folder: Path) -> str:
+    """Keys with labels, then file sizes, as the first version hashed them."""
+    paths = [p for c in (0, 5, 10) for p in sorted((folder / f"class{c}").iterdir())]
+    lines = [f"{p.relative_to(folder)}\t{('0', '5', '10').index(p.parent.name[5:])}" for p in paths]
+    lines += [str(p.stat().st_size) for p in paths]
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
+    """In the command itself, found before its slow imports or after them."""
+    command = [sys.executable, str(SCRIPT), "a", "b", "--resolution", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "1 or more" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "nowhere", "out"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(prepare_data.main)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "data.path=nowhere: no such folder" in error

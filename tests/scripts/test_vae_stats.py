@@ -11,10 +11,12 @@ import torch
 
 from models.vae import build_vae, load_vae
 from scripts import vae_stats
-from tests.tiny import run_script, start, tiny_config, train_here
-from utils.data import open_source
-from utils.images import u8_to_pm1
-from utils.latent_stats import CHUNK, measure_latents
+from tests.tiny import tiny_config, train_here
+from utils import cli, distributed
+from utils.data.images import u8_to_pm1
+from utils.data.latent_stats import CHUNK, measure_latents
+from utils.data.registry import open_source
+from utils.training.networks import build_networks
 
 
 def stats_of(monkeypatch, *words) -> None:
@@ -39,18 +41,31 @@ def test_they_normalise_posterior_samples_of_held_out_images(tmp_path, monkeypat
     assert found["num_images"] == len(open_source("digits", None, 32, "train"))
 
 
+class OneOfTwo:
+    """A rank whose sums are noted, instead of being added to those of the other one."""
+
+    world = 2
+
+    def __init__(self, rank: int, total: torch.Tensor | None = None):
+        self.rank, self.total = rank, total
+
+    def sum(self, sums: torch.Tensor) -> torch.Tensor:
+        self.own = sums
+        return sums if self.total is None else self.total
+
+
 def test_ranks_share_the_work_and_agree_with_one():
     """Every rank encodes its own chunks; the sums add up."""
     torch.manual_seed(1)
     vae, source = build_vae("tiny-f8d4"), open_source("digits", None, 16)
     num = 3 * CHUNK + 5
     whole = measure_latents(vae, source, num)
-    parts = []
-    for rank in (0, 1):
-        note = lambda sums: parts.append(sums.clone()) or sums  # noqa: E731
-        measure_latents(vae, source, num, rank=rank, ranks=2, sum_over_ranks=note)
-    assert (parts[0][0] + parts[1][0]).eq(num * 4).all() and parts[0][0, 0] != parts[1][0, 0]
-    both = measure_latents(vae, source, num, sum_over_ranks=lambda _: parts[0] + parts[1])
+    ranks = [OneOfTwo(0), OneOfTwo(1)]
+    for rank in ranks:
+        measure_latents(vae, source, num, ranks=rank)
+    total = ranks[0].own + ranks[1].own
+    assert total[0].eq(num * 4).all() and ranks[0].own[0, 0] != ranks[1].own[0, 0]
+    both = measure_latents(vae, source, num, ranks=OneOfTwo(0, total))
     for a, b in zip(whole, both):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
@@ -75,12 +90,19 @@ def test_training_measures_once_and_records(tmp_path):
 
 
 def test_the_latent_norm_starts_with_what_was_measured():
-    nets, _ = start(tiny_config())
-    torch.testing.assert_close(nets.sit.bn.running_mean.tolist(), nets.starting_stats["mean"])
+    config = tiny_config()
+    accelerator = distributed.start(config.run_dir, [], tf32=False)
+    source = open_source("digits", None, config.data.resolution)
+    nets, stats = build_networks(config, source, accelerator)
+    torch.testing.assert_close(nets.sit.bn.running_mean.tolist(), stats["mean"])
     z = nets.vae.encode(torch.zeros(1, 3, 16, 16)).mean
     assert nets.sit.normalize(z).shape == z.shape
 
 
-def test_a_wrong_vae_is_one_line(tmp_path):
-    done = run_script("scripts/vae_stats.py", "sdvea", "--data", "digits", "--resolution", "32")
-    assert done.returncode == 2 and "sdvae" in done.stderr and done.stderr.count("\n") == 1
+def test_a_wrong_vae_is_one_line(monkeypatch, capsys):
+    words = ["vae_stats.py", "sdvea", "--data", "digits", "--resolution", "32"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        cli.run(vae_stats.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "sdvae" in error and error.count("\n") == 1

@@ -9,18 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import sample_ddp
 from models.errors import UserError
 from models.sit import SiT
 from models.vae import build_vae
 from scripts import visualize_latents
-from tests.tiny import run_script
+from utils import cli
 from utils.checkpoint import Checkpoints
-from utils.data import open_source
-from utils.generate import Sampling, draw_images
-from utils.labelled_grid import Row, draw_grid
+from utils.data.registry import open_source
+from utils.pictures import latents as pictures
+from utils.pictures.grid import Row, join_panels, save_grid_of_rows
+from utils.pictures.progress import titles
+from utils.sampling.images import draw_images
+from utils.sampling.settings import SamplingSettings
 
 CELL, GAP = 96, 3  # of the pictures below: their images are 16 or 32 px
 SAMPLING = ("--precision", "fp32", "--steps", "3")
@@ -76,30 +78,38 @@ def fill(folder: Path, seed: int, num_classes: int = 5, vae: str = "tiny-f2d4") 
     awake(vae, seed).save(folder / "vae")
 
 
-def run(*words) -> None:
+def run(*words) -> list[Row]:
+    """The rows of the picture that the script writes; tests/utils/pictures/test_grid.py shows that
+    the file holds them pixel by pixel."""
+    drawn = []
+
+    def keep(path, rows, headings=None):
+        save_grid_of_rows(path, rows, headings)
+        drawn.extend(rows)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visualize_latents, "save_grid_of_rows", keep)
         patch.setattr(sys, "argv", ["visualize_latents.py", *map(str, words)])
         visualize_latents.main()
+    return drawn
 
 
-def latents(out: Path, *vaes, **flags) -> np.ndarray:
-    """The picture, (H, W, 3), of digits of 32 px."""
+def latents(out: Path, *vaes, **flags) -> list[Row]:
+    """Of digits of 32 px."""
     flags = {"data": "digits", "resolution": 32, "num": 3, "fit": 40, "out": out} | flags
-    run("latents", *(w for k, v in flags.items() for w in (f"--{k}", v)), "--vae", *vaes)
-    return np.asarray(Image.open(out))
+    return run("latents", *(w for k, v in flags.items() for w in (f"--{k}", v)), "--vae", *vaes)
 
 
-def progress(out: Path, *words) -> np.ndarray:
-    run("progress", *words, *SAMPLING, "--num", 4, "--out", out)
-    return np.asarray(Image.open(out))
+def progress(out: Path, *words) -> list[Row]:
+    return run("progress", *words, *SAMPLING, "--num", 4, "--out", out)
 
 
-def cells(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """(rows, columns, CELL, CELL, 3): the images are flush with the right and bottom edges."""
+def cells(drawn: list[Row], rows: int, columns: int) -> np.ndarray:
+    """(rows, columns, CELL, CELL, 3)"""
     step = CELL + GAP
-    assert picture.shape[0] >= rows * step and picture.shape[1] > columns * step
-    found = picture[-rows * step :, -columns * step :]
-    return found.reshape(rows, step, columns, step, 3).swapaxes(1, 2)[:, :, :CELL, :CELL]
+    pixels = join_panels(drawn)
+    assert pixels.shape == (rows * step, columns * step, 3)
+    return pixels.reshape(rows, step, columns, step, 3).swapaxes(1, 2)[:, :, :CELL, :CELL]
 
 
 def enlarged(x_u8: torch.Tensor) -> np.ndarray:
@@ -113,9 +123,11 @@ def enlarged(x_u8: torch.Tensor) -> np.ndarray:
 
 
 def test_a_row_of_images_and_one_for_each_vae(vaes, tmp_path, capsys):
-    picture = latents(tmp_path / "new" / "a.png", f"Before={vaes['before']}", vaes["wide"])
-    assert picture.shape[0] == 3 * (CELL + GAP) + GAP
-    panels = cells(picture, 3, 3)
+    rows = latents(tmp_path / "new" / "a.png", f"Before={vaes['before']}", vaes["wide"])
+    assert [row.title for row in rows] == ["images", "Before", "wide"]
+    assert [row.notes[0] for row in rows] == ["32 px", "4 x 4 x 4", "16 x 4 x 4"]
+    assert (tmp_path / "new" / "a.png").is_file()
+    panels = cells(rows, 3, 3)
     source = open_source("digits", None, 32)
     images = torch.stack([source[i][0] for i in (0, 599, 1198)])
     assert np.array_equal(panels[0], enlarged(images))
@@ -168,8 +180,8 @@ def test_collapsed_latents_are_grey(vaes, tmp_path, capsys):
 
 
 def test_a_small_source_is_shown_as_a_whole():
-    assert visualize_latents.spread(3, 8) == [0, 1, 2]
-    assert visualize_latents.spread(1000, 4) == [0, 250, 500, 750]
+    assert pictures.spread(3, 8) == [0, 1, 2]
+    assert pictures.spread(1000, 4) == [0, 250, 500, 750]
 
 
 @pytest.mark.parametrize(
@@ -183,13 +195,13 @@ def test_a_small_source_is_shown_as_a_whole():
     ],
 )
 def test_labels(word, label, spec):
-    assert visualize_latents.split_label(word) == (label, spec)
+    assert pictures.split_label(word) == (label, spec)
 
 
 def test_an_equals_sign_in_a_folder_makes_no_label(tmp_path):
     folder = tmp_path / "lr=1e-4"
     folder.mkdir()
-    assert visualize_latents.split_label(str(folder)) == ("lr=1e-4", str(folder))
+    assert pictures.split_label(str(folder)) == ("lr=1e-4", str(folder))
 
 
 def test_refusals_of_latents(vaes, tmp_path):
@@ -227,7 +239,7 @@ def test_images_are_those_of_draw_images_and_of_sample_ddp(run_dir, tmp_path):
     folder = run_dir / "checkpoints/0000006"
     (row,) = cells(progress(tmp_path / "a.png", folder, "--seed", 3), 1, 4)
     sit = SiT.from_pretrained(folder / "sit_ema").eval()
-    settings = Sampling(seed=3, solver="ode-ab2", steps=3, cfg_scale=2.0, precision="fp32")
+    settings = SamplingSettings(seed=3, solver="ode-ab2", steps=3, cfg_scale=2.0, precision="fp32")
     vae = awake("tiny-f2d4", 1).eval()
     images = draw_images(settings, sit, vae, range(4), torch.device("cpu"))
     assert np.array_equal(row, enlarged(images))
@@ -241,11 +253,10 @@ def test_images_are_those_of_draw_images_and_of_sample_ddp(run_dir, tmp_path):
     assert np.array_equal(row, enlarged(x_u8))
 
 
-def test_many_images_are_those_of_one_batch(run_dir, tmp_path, monkeypatch):
+def test_many_images_are_those_of_one_batch(run_dir, tmp_path):
     words = (run_dir / "checkpoints/0000006", "--solver", "sde")
     whole = cells(progress(tmp_path / "a.png", *words), 1, 4).astype(int)
-    monkeypatch.setattr(visualize_latents, "CHUNK", 3)
-    parts = cells(progress(tmp_path / "b.png", *words), 1, 4)
+    parts = cells(progress(tmp_path / "b.png", *words, "--batch-size", 3), 1, 4)
     assert abs(whole - parts).max() <= 1
 
 
@@ -255,9 +266,9 @@ def test_two_runs_are_told_apart(run_dir, tmp_path):
     first = run_dir / "checkpoints/0000002"
     rows = cells(progress(tmp_path / "a.png", first, "--run", other), 2, 4)
     assert np.array_equal(rows[0], rows[1])
-    assert visualize_latents.titles(first, several=True) == ("a-run", ["step 2"])
-    assert visualize_latents.titles(saved, several=False) == ("step 20,000", [])
-    assert visualize_latents.titles(tmp_path / "published", several=True) == ("published", [])
+    assert titles(first, several=True) == ("a-run", ["step 2"])
+    assert titles(saved, several=False) == ("step 20,000", [])
+    assert titles(tmp_path / "published", several=True) == ("published", [])
 
 
 def test_refusals_of_progress(run_dir, tmp_path):
@@ -270,7 +281,7 @@ def test_refusals_of_progress(run_dir, tmp_path):
         progress(out, tmp_path)
     with pytest.raises(UserError, match="is not as it was saved"):
         progress(out, run_dir / "checkpoints/0000008")
-    with pytest.raises(UserError, match="must be an interval inside"):
+    with pytest.raises(UserError, match="must be at least 0 and at most 1"):
         progress(out, folder, "--guidance-low", 2)
     fill(tmp_path / "three", 0, num_classes=3)
     with pytest.raises(UserError, match="know 3, 5 classes"):
@@ -278,27 +289,11 @@ def test_refusals_of_progress(run_dir, tmp_path):
     assert not out.exists()
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(vaes, tmp_path):
+def test_a_mistake_is_one_line_and_exit_code_2(vaes, tmp_path, monkeypatch, capsys):
     words = ("latents", "--data", "digits", "--out", tmp_path / "a.png", "--basis", "shared")
-    done = run_script("scripts/visualize_latents.py", *words, "--vae", vaes["flat"], vaes["wide"])
-    assert done.returncode == 2 and done.stderr.startswith("error: --basis shared")
-    assert done.stderr.count("\n") == 1
-
-
-# --------------------------------------------------------------------------------------
-# The picture.
-
-
-def test_panels_of_several_sizes_and_long_names():
-    rows = [
-        Row("a", [], torch.zeros(2, 3, 8, 8, dtype=torch.uint8)),
-        Row("a-name-that-takes-several-lines", ["x"], torch.full((1, 3, 16, 16), 200).byte()),
-    ]
-    picture = np.asarray(draw_grid(rows, ["one", "two"]))
-    panels = cells(picture, 2, 2)
-    assert (panels[0] == 0).all() and (panels[1, 0] == 200).all() and (panels[1, 1] == 255).all()
-    left = picture[-2 * (CELL + GAP) :, : -2 * (CELL + GAP)]
-    for half in (left[: CELL + GAP], left[CELL + GAP :]):
-        assert half.min() < 50  # there is a name
-    edge = np.concatenate([left[:, :4].ravel(), left[:, -4:].ravel()])
-    assert (edge == 255).all()  # and none is cut off
+    words = ("visualize_latents.py", *words, "--vae", vaes["flat"], vaes["wide"])
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        cli.run(visualize_latents.main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: --basis shared")

@@ -1,0 +1,213 @@
+"""Reading images: every container gives the same bytes, and damaged ones end in one line."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.errors import UserError
+from utils.evaluation.image_sets import (
+    open_images,
+    read_ahead,
+    record_beside,
+    sampling_settings,
+    subset,
+)
+from utils.evaluation.options import is_source
+
+
+@pytest.fixture
+def pictures():
+    rng = np.random.Generator(np.random.PCG64(0))
+    return rng.integers(0, 256, (13, 6, 5, 3), dtype=np.uint8)
+
+
+def containers(folder, pictures):
+    """The same images in every way a user may bring them."""
+    np.savez(folder / "stored.npz", pictures)
+    np.savez_compressed(folder / "packed.npz", pictures)
+    np.save(folder / "plain.npy", pictures)
+    return {
+        "npz": folder / "stored.npz",
+        "npz (compressed)": folder / "packed.npz",
+        "npy": str(folder / "plain.npy"),
+        "array": pictures,
+        "tensor": torch.from_numpy(pictures).permute(0, 3, 1, 2),
+    }
+
+
+def save_folder(folder, pictures, ending="png"):
+    folder.mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i}.{ending}")
+    return folder
+
+
+def test_every_container_reads_as_the_array_and_has_the_same_fingerprint(tmp_path, pictures):
+    fingerprints = set()
+    for kind, spec in containers(tmp_path, pictures).items():
+        images = open_images(spec)
+        assert (images.kind, len(images), tuple(images.size)) == (kind, 13, (6, 5))
+        assert np.array_equal(images.read(3, 7), pictures[3:7])
+        assert np.array_equal(images.read(0, 2), pictures[:2])  # backwards too
+        assert np.array_equal(images.read(12, 13), pictures[12:])
+        fingerprints.add(images.fingerprint())
+    assert len(fingerprints) == 1
+    pictures[5, 0, 0, 0] ^= 1
+    assert open_images(pictures).fingerprint() not in fingerprints
+
+
+def test_a_stored_npz_is_mapped_and_not_loaded(tmp_path, pictures):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(3), arr_0=pictures)
+    images = open_images(tmp_path / "a.npz")
+    assert isinstance(images.array, np.memmap)
+    with (
+        zipfile.ZipFile(tmp_path / "big.npz", "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,  # as for more than 4 GiB
+    ):
+        np.lib.format.write_array(member, pictures)
+    assert np.array_equal(open_images(tmp_path / "big.npz").read(0, 13), pictures)
+
+
+def test_a_folder_is_read_in_natural_order_below_all_subfolders(tmp_path, pictures):
+    folder = save_folder(tmp_path / "images", pictures)
+    images = open_images(folder)
+    assert np.array_equal(images.read(0, 13), pictures)  # 2.png before 10.png
+    assert not images.lossy
+    first = images.fingerprint()
+    (folder / "sub").mkdir()
+    Image.fromarray(pictures[0]).save(folder / "sub" / "0.jpg")
+    images = open_images(folder)
+    assert len(images) == 14
+    assert images.lossy
+    assert images.fingerprint() != first
+
+
+def test_sources_are_named_with_split_and_resolution():
+    images = open_images("digits:test@16")
+    assert (len(images), images.size, images.name) == (359, (16, 16), "digits:test@16")
+    image, _ = images.source[3]
+    assert np.array_equal(images.read(3, 4)[0], image.permute(1, 2, 0))
+    assert open_images("digits", 8, "train").name == "digits:train@8"
+    assert is_source("packed:/data/x@256")
+    assert not is_source("samples/x.npz")
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_images("digit:test")
+
+
+def test_a_folder_as_data_is_cropped(tmp_path, pictures):
+    folder = save_folder(tmp_path / "images", pictures)
+    images = open_images(f"folder:{folder}@4")
+    assert images.read(0, 2).shape == (2, 4, 4, 3)
+    assert images.fingerprint() != open_images(f"folder:{folder}@5").fingerprint()
+
+
+def test_a_meta_json_that_lies_about_is_no_fingerprint(tmp_path, pictures, monkeypatch):
+    """Once any meta.json, in the current folder or beside the images, was hashed in their place."""
+    before = open_images("digits:test@8").fingerprint()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "meta.json").write_text("{}")
+    assert open_images("digits:test@8").fingerprint() == before
+    folder = save_folder(tmp_path / "images", pictures)
+    (folder / "meta.json").write_text("{}")
+    first = open_images(f"folder:{folder}@4").fingerprint()
+    Image.fromarray(np.zeros((6, 5, 3), np.uint8)).save(folder / "0.png")
+    assert open_images(f"folder:{folder}@4").fingerprint() != first
+
+
+def test_subsets_are_spread_evenly(pictures):
+    images = subset(open_images(pictures), 4)
+    assert np.array_equal(images.read(0, 4), pictures[[0, 3, 6, 9]])
+    assert subset(images, None) is images
+    with pytest.raises(UserError, match=r"expected 1 \.\. 13"):
+        subset(open_images(pictures), 14)
+
+
+def test_read_ahead_gives_every_block_once_as_nchw(pictures):
+    blocks = [(0, 5), (5, 10), (10, 13)]
+    found = list(read_ahead(open_images(pictures), blocks))
+    assert [len(block) for block in found] == [5, 5, 3]
+    assert torch.equal(torch.cat(found), torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    assert list(read_ahead(open_images(pictures), [])) == []
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 6, 6, 3), np.float32), "float32 images, expected uint8"),
+        (np.zeros((4, 6, 6, 1), np.uint8), "RGB"),
+        (np.zeros((4, 6, 6), np.uint8), "RGB"),
+        (np.zeros((4, 3, 6, 6), np.uint8), "expected .N, H, W, 3."),
+    ],
+)
+def test_arrays_that_are_no_uint8_rgb_are_refused(tmp_path, array, message):
+    np.savez(tmp_path / "a.npz", array)
+    np.savez_compressed(tmp_path / "b.npz", array)
+    np.save(tmp_path / "c.npy", array)
+    for spec in (tmp_path / "a.npz", tmp_path / "b.npz", tmp_path / "c.npy", array):
+        with pytest.raises(UserError, match=message):
+            open_images(spec)
+
+
+def test_truncated_and_damaged_files_are_refused(tmp_path, pictures):
+    containers(tmp_path, pictures)
+    for name in ("stored.npz", "packed.npz", "plain.npy"):
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / f"cut-{name}").write_bytes(data[: len(data) // 2])
+        with pytest.raises(UserError, match="truncated or damaged"):
+            open_images(tmp_path / f"cut-{name}")
+    data = bytearray((tmp_path / "packed.npz").read_bytes())
+    data[600:900] = bytes(300)
+    (tmp_path / "garbage.npz").write_bytes(data)
+    with pytest.raises(UserError, match="truncated or damaged"):
+        open_images(tmp_path / "garbage.npz").fingerprint()
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
+        archive.writestr("arr_0.npy", (tmp_path / "plain.npy").read_bytes()[:-100])
+    with pytest.raises(UserError, match="cut short"):
+        open_images(tmp_path / "short.npz")
+
+
+def test_pickled_arrays_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "b.npz", np.array([{}], dtype=object))
+    for name in ("a.npy", "b.npz"):
+        with pytest.raises(UserError):
+            open_images(tmp_path / name)
+
+
+def test_npz_without_images_and_missing_files_are_refused(tmp_path):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(UserError, match="holds mu, sigma, but no images"):
+        open_images(tmp_path / "stats.npz")
+    with pytest.raises(UserError, match="no such file"):
+        open_images(tmp_path / "absent.npz")
+
+
+def test_folders_of_mixed_sizes_modes_or_nothing_are_refused(tmp_path, pictures):
+    mixed = save_folder(tmp_path / "mixed", pictures)
+    Image.fromarray(pictures[0][:4]).save(mixed / "99.png")
+    with pytest.raises(UserError, match="4x5, the first image 6x5"):
+        open_images(mixed).read(0, 14)
+    grey = tmp_path / "grey"
+    grey.mkdir()
+    with pytest.raises(UserError, match="no images below"):
+        open_images(grey)
+    Image.fromarray(pictures[0, :, :, 0]).save(grey / "0.png")
+    with pytest.raises(UserError, match="mode L, expected 8-bit RGB"):
+        open_images(grey)
+    (grey / "0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="truncated or damaged"):
+        open_images(grey)
+
+
+def test_the_record_beside_the_samples_is_found(tmp_path, pictures):
+    path = tmp_path / "s.npz"
+    assert record_beside(path) is None
+    record = {"settings": {"solver": "sde", "uint8": "round"}, "seconds": 1}
+    path.with_suffix(".json").write_text(json.dumps(record))
+    assert sampling_settings(record_beside(path))["uint8"] == "round"
+    assert sampling_settings({"metrics": {}}) == {}
+    assert record_beside(pictures) is None

@@ -1,0 +1,52 @@
+"""Processes and devices: what the main process does for all, and where a rank computes."""
+
+import pytest
+import torch
+
+from models.errors import UserError
+from utils.distributed import Ranks, default_device
+
+
+def test_the_result_and_the_error_of_the_main_process_reach_the_caller():
+    ranks = Ranks(distributed=False)
+    assert ranks.on_main(lambda: 7) == 7 and ranks.main_first(lambda: 8) == 8
+    for call in (ranks.on_main, ranks.main_first):
+        with pytest.raises(UserError, match="no such file"):
+            call(fail)
+
+
+def fail():
+    raise UserError("no such file")
+
+
+class OtherRank(Ranks):
+    """Rank 1 of two, for which `broadcast` stands in."""
+
+    def __init__(self):
+        super().__init__(distributed=False)
+        self.rank, self.world = 1, 2
+
+
+def test_the_other_ranks_get_the_value_or_end_in_silence(monkeypatch):
+    """Exit code 0: a launcher kills everything at the first other code, also the rank that is
+    about to print the message."""
+    rank = OtherRank()
+    monkeypatch.setattr("utils.distributed.broadcast_object_list", lambda _: [False, 7])
+    assert rank.on_main(fail) == 7
+    assert rank.main_first(lambda: 9) == 9
+    monkeypatch.setattr("utils.distributed.broadcast_object_list", lambda _: [True, None])
+    with pytest.raises(SystemExit) as end:
+        rank.on_main(lambda: 1)
+    assert end.value.code == 0
+
+
+def test_an_apple_gpu_is_not_used(monkeypatch):
+    """mps has no float64, in which statistics, metrics and the sampler's state are kept: the
+    quickstart would crash at the first of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *a, **k: True)
+    assert default_device().type == "cpu"
+    assert Ranks(distributed=False).device.type == "cpu"
+    from utils.distributed import _on_cpu
+
+    assert _on_cpu()

@@ -1,0 +1,371 @@
+"""Every setting of a run, with its default, unit, range and meaning.
+
+A setting is named by its path: `vae.optim.lr` is the field `lr` of the `optim` of `VaeConfig`.
+The defaults are the published recipe of REPA-E on ImageNet-256. utils/config/validate.py checks the
+ranges, and which settings cannot be used together.
+"""
+
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from loss.interpolant import PATHS
+from models.errors import UserError
+from models.sizes import SIZES
+from utils.config.ranges import number
+from utils.samplers import SOLVERS
+
+
+@dataclass
+class OptimConfig:
+    """AdamW of one network. A step is one optimizer step of that network."""
+
+    # Learning rate after the warm-up. Use 2e-5 for a VAE that starts from FLUX, SD3.5, Qwen-Image.
+    lr: float = number(1e-4, at_least=0)
+    # Decay of AdamW's average of the gradient.
+    beta1: float = number(0.9, at_least=0, below=1)
+    # Decay of AdamW's average of the squared gradient.
+    beta2: float = number(0.999, at_least=0, below=1)
+    # Added to AdamW's denominator.
+    eps: float = number(1e-8, above=0)
+    # Decoupled weight decay.
+    weight_decay: float = number(0.0, at_least=0)
+    # Largest gradient norm of this network; larger gradients are scaled down. 0 = no clipping.
+    clip: float = number(1.0, at_least=0)
+    # Number of steps in which the learning rate rises linearly to `lr`. 0 = no warm-up.
+    warmup_steps: int = number(0, at_least=0)
+
+
+@dataclass
+class RunConfig:
+    """The run: its length, its precision, its folder and what it writes."""
+
+    # The run writes everything to the folder `out`/`name`.
+    name: str = "repae"
+    # Parent folder of all runs.
+    out: str = "exps"
+    # Seed of the initial weights, the order of the data, and every random number of training.
+    seed: int = number(0, at_least=0)
+    # Number of optimizer steps. 400,000 steps of 256 images are 80 epochs of ImageNet.
+    steps: int = number(400_000, at_least=1)
+    # Images in one optimizer step, counted over all ranks and micro-batches.
+    batch_size: int = number(256, at_least=1)
+    # Number of micro-batches into which each rank cuts its images of one optimizer step.
+    accumulation: int = number(1, at_least=1)
+    # Number format of the forward passes (autocast). The weights are float32 in any case.
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    # true = allow TF32 in the float32 operations that remain, on GPUs that have it.
+    tf32: bool = True
+    # true = compile the SiT, the VAE and the discriminator with torch.compile.
+    compile: bool = False
+    # true = recompute the activations of the SiT and the VAE: needs less memory, and is slower.
+    gradient_checkpointing: bool = False
+    # true = channels-last (NHWC) convolutions in the VAE, the discriminator and LPIPS.
+    channels_last: bool = False
+    # auto = continue from this run's newest complete checkpoint; never; or a checkpoint folder.
+    resume: str = "auto"
+    # Checkpoint folder whose weights a new run starts with. null = none.
+    init_from: str | None = None
+    # Number of steps between two log lines. A line holds the averages over these steps.
+    log_every: int = number(100, at_least=1)
+    # Number of steps between two checkpoints.
+    save_every: int = number(10_000, at_least=1)
+    # Number of newest checkpoints that are kept.
+    keep_last: int = number(3, at_least=1)
+    # Checkpoints at multiples of this number of steps are never deleted. 0 = no such checkpoints.
+    milestone_every: int = number(100_000, at_least=0)
+    # Where curves are written beside metrics.jsonl: tensorboard, wandb. [] = nowhere.
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+
+@dataclass
+class DataConfig:
+    """The training images."""
+
+    # Kind of data: a name in utils/data/registry.py.
+    source: str = "packed"
+    # Folder of the data. null for data that come with the code.
+    path: str | None = None
+    # Folder written by scripts/cache_latents.py; the frozen VAE is then not run. null = no cache.
+    latents: str | None = None
+    # Part of the data, if the source has parts: train or test of the digits. all = everything.
+    split: str = "all"
+    # Height and width of the images, in pixels.
+    resolution: int = number(256, at_least=1)
+    # Number of classes that the data must have. null = accept whatever number it has.
+    num_classes: int | None = number(None, at_least=1)
+    # true = mirror half of the images. The published recipe does not.
+    hflip: bool = False
+    # Loader processes of each rank. 0 = load in the training process.
+    workers: int = number(8, at_least=0)
+
+
+@dataclass
+class VaeConfig:
+    """The autoencoder."""
+
+    # Short name (models/vae_families.py), hub id, diffusers folder or CompVis .pt file.
+    name: str = "sdvae"
+    # hub = the published weights; a folder or file; null = random weights (from scratch).
+    weights: str | None = "hub"
+    # true = REPA-E, which trains it. false = frozen, as in REPA and plain SiT.
+    train: bool = True
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class SitConfig:
+    """The diffusion transformer. depth, hidden_size, num_heads and patch_size override `size`."""
+
+    # SiT-{S,B,L,XL}/{1,2,4,8}: one of the published shapes; the number is the patch size.
+    size: str = "SiT-XL/2"
+    # Number of blocks. null = that of `size`.
+    depth: int | None = number(None, at_least=1)
+    # Width D of the tokens, a multiple of 4 x num_heads. null = that of `size`.
+    hidden_size: int | None = number(None, at_least=1)
+    # Number of attention heads. null = that of `size`.
+    num_heads: int | None = number(None, at_least=1)
+    # Height and width of a patch, in latent pixels. null = that of `size`.
+    patch_size: int | None = number(None, at_least=1)
+    # true = normalise queries and keys.
+    qk_norm: bool = False
+    # Share of the labels replaced by the null label. 0 = no null label, hence no guidance.
+    class_dropout_prob: float = number(0.1, at_least=0, below=1)
+    # mlp = three linear layers, as published; conv = one 3x3 convolution, as in iREPA.
+    projector: Literal["mlp", "conv"] = "mlp"
+    # Width of the two hidden layers of the mlp projector.
+    projector_dim: int = number(2048, at_least=1)
+    # The optimizer of the SiT and its projectors.
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class DiscConfig:
+    """The PatchGAN discriminator of the GAN loss."""
+
+    # Number of its convolutions of stride 2, each of which halves the image.
+    layers: int = number(3, at_least=1)
+    # Channels of its first convolution.
+    channels: int = number(64, at_least=1)
+    # batch norm, as published, or group norm: micro-batches then give the whole batch's gradient.
+    norm: Literal["batch", "group"] = "batch"
+    # First steps, of run.steps, that train it alone, on reconstructions of the initial VAE.
+    pretrain_steps: int = number(0, at_least=0)
+    # A safetensors file, or a published -discriminator-ckpt.pt. null = random weights.
+    weights: str | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class LatentNormConfig:
+    """The batch norm between the VAE and the SiT."""
+
+    # false = normalise by the statistics of the initial VAE, which are never updated.
+    enabled: bool = True
+    # Number of images on which these statistics are measured if the initial VAE has none.
+    stats_images: int = number(4096, at_least=1)
+
+
+@dataclass
+class EncoderConfig:
+    """The frozen vision encoders whose features the alignment loss compares with."""
+
+    # Short names (models/encoders.py), or timm:NAME.
+    names: list[str] = field(default_factory=lambda: ["dinov2-b"])
+    # A weight file (or null = the published one) for each name. [] = the published ones.
+    weights: list[str | None] = field(default_factory=list)
+    # Feature tokens per side of the image. null = data.resolution / 16.
+    grid: int | None = number(None, at_least=1)
+    # true = read their features from the cache data.latents; no encoder is loaded.
+    cached: bool = False
+
+
+@dataclass
+class DiffusionConfig:
+    """The diffusion loss L_DIFF. Its weight in the SiT phase is 1."""
+
+    # Interpolant between data and noise (loss/interpolant.py).
+    path: Literal[tuple(PATHS)] = "linear"
+    # Distribution of the time t.
+    time: Literal["uniform", "lognormal"] = "uniform"
+    # Weight of L_DIFF in the VAE's loss. 0 = the paper's stop-gradient; 1 = naive, which collapses.
+    vae: float = number(0.0, at_least=0)
+
+
+@dataclass
+class AlignConfig:
+    """The alignment loss L_REPA. If both weights are 0, no encoder is loaded."""
+
+    # Weight of L_REPA in the loss of the SiT.
+    sit: float = number(0.5, at_least=0)
+    # Weight of L_REPA in the loss of the VAE.
+    vae: float = number(1.5, at_least=0)
+    # Number of the SiT block (the first is 1) whose output is aligned.
+    depth: int = number(8, at_least=1)
+    # iREPA: 0.6 = share of the mean taken off features before division by their std. 0 = neither.
+    spatial_norm: float = number(0.0, at_least=0, at_most=1)
+
+
+@dataclass
+class RegConfig:
+    """The VAE's own loss L_REG. A term of weight 0 is not computed, nor anything loaded for it."""
+
+    # Weight of the pixel loss, averaged over pixels.
+    pixel: float = number(1.0, at_least=0)
+    # l1 = absolute error, as in the published runs; mse = squared error, as in the paper's text.
+    pixel_kind: Literal["l1", "mse"] = "l1"
+    # Weight of LPIPS (VGG-16).
+    lpips: float = number(1.0, at_least=0)
+    # torchvision's weight file of VGG-16. null = the one in the cache of torch.hub.
+    lpips_weights: str | None = None
+    # true = VGG sees [-3, 1] instead of [-1, 1], as in the published runs.
+    lpips_double_scaling: bool = False
+    # Weight of the KL divergence, summed over the latent and averaged over images.
+    kl: float = number(1e-6, at_least=0)
+    # Weight of the generator's GAN loss, fixed. 0 = no discriminator.
+    gan: float = number(0.1, at_least=0)
+    # First step, after disc.pretrain_steps, with a GAN term. The discriminator learns from step 0.
+    gan_start: int = number(0, at_least=0)
+    # Weight of the LeCam regularisation in the discriminator's loss.
+    lecam: float = number(0.0, at_least=0)
+
+
+@dataclass
+class LossConfig:
+    """Weights and kinds of all loss terms."""
+
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    reg: RegConfig = field(default_factory=RegConfig)
+
+
+@dataclass
+class EmaConfig:
+    """The moving average of the SiT's weights and latent-norm statistics: what is sampled."""
+
+    # Decay per optimizer step.
+    decay: float = number(0.9999, at_least=0, below=1)
+    # true = decay of min(decay, (1 + step) / (10 + step)), for short runs.
+    warmup: bool = False
+
+
+@dataclass
+class PreviewConfig:
+    """Pictures during training: samples of the EMA weights, otherwise at the defaults of
+    utils/sampling/settings.py, and reconstructions."""
+
+    # Number of steps between two previews. 0 = none.
+    every: int = number(10_000, at_least=0)
+    # Number of images. Their noise and labels are the same in every preview.
+    num: int = number(64, at_least=1)
+    # Solver (utils/samplers.py).
+    solver: Literal[tuple(SOLVERS)] = "ode-ab2"
+    # Number of steps of the solver.
+    steps: int = number(50, at_least=1)
+    # Scale of classifier-free guidance. 1 = no guidance.
+    cfg_scale: float = number(2.0, at_least=0)
+
+
+@dataclass
+class EvalConfig:
+    """Evaluations of the EMA weights during training, as by evaluate_fid.py, of samples otherwise
+    at the defaults of utils/sampling/settings.py."""
+
+    # Number of steps between two evaluations. 0 = none.
+    every: int = number(0, at_least=0)
+    # Number of generated images. It is part of each metric's name: few images, larger distance.
+    num: int = number(1000, at_least=1)
+    # Reference images or statistics, as in evaluate_fid.py --reference. null = training images.
+    reference: str | None = None
+    # Network whose features are compared: inception, dinov2, timm:NAME[@FILE] or pixel.
+    features: str = "inception"
+    # Weight file of inception or dinov2. null = the usual place.
+    weights: str | None = None
+    # Names of metrics (utils/evaluation/metrics.py).
+    metrics: list[str] = field(default_factory=lambda: ["fid"])
+    # Images per rank and network call.
+    batch_size: int = number(50, at_least=1)
+    # Solver (utils/samplers.py).
+    solver: Literal[tuple(SOLVERS)] = "ode-ab2"
+    # Number of steps of the solver.
+    steps: int = number(50, at_least=1)
+    # Scale of classifier-free guidance. 1 = no guidance.
+    cfg_scale: float = number(1.0, at_least=0)
+
+
+# Settings that change the machine, the length or the reports of a run, but not what is learned up
+# to a given step, by section; None = the whole section. Runs that differ in these alone count as
+# repetitions of the same experiment (utils/paper/measured.py).
+WITHOUT_EFFECT: dict[str, set[str] | None] = {
+    "run": {
+        *("name", "out", "seed", "steps", "accumulation", "compile", "gradient_checkpointing"),
+        *("channels_last", "resume", "log_every", "save_every", "keep_last", "milestone_every"),
+        "trackers",
+    },
+    "data": {"source", "path", "workers", "latents"},
+    "encoder": {"cached"},
+    "preview": None,
+    "eval": None,
+}
+
+
+@dataclass
+class Config:
+    """All settings of a run, by section."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    sit: SitConfig = field(default_factory=SitConfig)
+    disc: DiscConfig = field(default_factory=DiscConfig)
+    latent_norm: LatentNormConfig = field(default_factory=LatentNormConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.out) / self.run.name
+
+    @property
+    def uses_encoder(self) -> bool:
+        return self.loss.align.sit > 0
+
+    @property
+    def encoder_grid(self) -> int:
+        """Feature tokens per side of the image."""
+        return self.encoder.grid or self.data.resolution // 16
+
+    @property
+    def uses_disc(self) -> bool:
+        return self.vae.train and self.loss.reg.gan > 0
+
+    def sit_shape(self) -> dict[str, int]:
+        """hidden_size, depth, num_heads and patch_size: those of `size`, overridden where given."""
+        sit, names = self.sit, ("hidden_size", "depth", "num_heads", "patch_size")
+        own = zip(names, (sit.hidden_size, sit.depth, sit.num_heads, sit.patch_size))
+        return SIZES[sit.size] | {name: value for name, value in own if value is not None}
+
+
+def all_settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Field, Any]]:
+    """(full name such as "loss.reg.kl", declaration, value) of every setting below `section`."""
+    for declared in fields(section):
+        value, name = getattr(section, declared.name), f"{prefix}{declared.name}"
+        if is_dataclass(value):
+            yield from all_settings(value, f"{name}.")
+        else:
+            yield name, declared, value
+
+
+def per_rank_batch(config: Config, ranks: int) -> int:
+    """Images of one rank in one optimizer step; `UserError` if the batch does not split evenly."""
+    size, shares = config.run.batch_size, ranks * config.run.accumulation
+    if size % shares:
+        raise UserError(
+            f"run.batch_size={size} does not split into {ranks} ranks x {config.run.accumulation} "
+            f"micro-batches: make it a multiple of {shares}"
+        )
+    return size // ranks

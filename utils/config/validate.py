@@ -1,0 +1,101 @@
+"""Which settings are invalid: numbers out of range, and settings that cannot be used together.
+
+Whether the shapes of the networks fit each other and the data is checked in utils/training/plan.py.
+"""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from math import isfinite
+from pathlib import Path
+
+from models.sizes import SIZES
+from utils.config.schema import Config, all_settings
+from utils.samplers import least_steps
+
+TRACKERS = ("tensorboard", "wandb")
+
+
+def config_errors(config: Config) -> list[str]:
+    """Return one message for each invalid setting, in the order of the schema; [] = all is well.
+
+    A message names the setting, its value and what to change. Settings are compared with each
+    other only if each is valid by itself.
+    """
+    alone = [*_range_errors(config), *_value_errors(config)]
+    return alone or [*_network_errors(config), *_loss_errors(config)]
+
+
+def _range_errors(config: Config) -> Iterator[str]:
+    for name, declared, value in all_settings(config):
+        allowed = declared.metadata.get("range")
+        if allowed is not None and value is not None and value not in allowed:
+            yield f"{name}={value} must be {'' if isfinite(value) else 'finite, '}{allowed}"
+
+
+def _value_errors(config: Config) -> Iterator[str]:
+    """Values outside a list (short lists are `Literal` types), and names of what is not here."""
+    for name in config.run.trackers:
+        if name not in TRACKERS:
+            yield f"run.trackers: {name} is unknown, choose from {', '.join(TRACKERS)}"
+        elif find_spec(name) is None:
+            yield f"run.trackers: {name} is not installed: pip install {name}"
+    origin = config.run.init_from
+    if origin is not None and not (Path(origin) / "sit" / "config.json").is_file():
+        yield f"run.init_from={origin} is no checkpoint folder: it has no sit/config.json"
+    if config.sit.size not in SIZES:
+        yield f"sit.size={config.sit.size}: choose one of {', '.join(SIZES)}"
+    for name, section in (("preview", config.preview), ("eval", config.eval)):
+        least = least_steps(section.solver)
+        if 1 <= section.steps < least:  # less than 1 is out of range anyway
+            yield f"{name}.steps={section.steps} must be at least {least} for {section.solver}"
+
+
+def _network_errors(config: Config) -> Iterator[str]:
+    """Settings of the VAE, the SiT and the discriminator that cannot be used together."""
+    shape, vae, disc = config.sit_shape(), config.vae, config.disc
+    latents, diffusion = config.data.latents, config.loss.diffusion.vae
+    if shape["hidden_size"] % (4 * shape["num_heads"]) != 0:
+        yield (f"sit.hidden_size={shape['hidden_size']} must be a multiple of 4 x "
+               f"sit.num_heads={shape['num_heads']}: change one")  # fmt: skip
+    if vae.train and latents is not None:
+        yield (f"data.latents={latents} is a cache of a frozen VAE's latents: set vae.train=false, "
+               "or data.latents=null")  # fmt: skip
+    if not vae.train and vae.weights is None:
+        yield ("vae.weights=null with vae.train=false would train on the latents of random "
+               "weights: set vae.weights, or vae.train=true")  # fmt: skip
+    if not vae.train and diffusion > 0:
+        yield (f"loss.diffusion.vae={diffusion} needs a VAE that is trained: set vae.train=true, "
+               "or loss.diffusion.vae=0")  # fmt: skip
+    if disc.norm == "group" and disc.channels % 8 != 0:
+        yield (f"disc.channels={disc.channels} must be a multiple of 8 with disc.norm=group, which "
+               "makes groups of 8 channels: change one")  # fmt: skip
+    if disc.pretrain_steps > 0 and not config.uses_disc:
+        yield (f"disc.pretrain_steps={disc.pretrain_steps}, but no discriminator trains: set "
+               "vae.train=true and loss.reg.gan above 0, or disc.pretrain_steps=0")  # fmt: skip
+    if disc.pretrain_steps >= config.run.steps:
+        yield (f"disc.pretrain_steps={disc.pretrain_steps} of run.steps={config.run.steps} leave "
+               "none for the VAE and the SiT: lower the first, or raise the second")  # fmt: skip
+
+
+def _loss_errors(config: Config) -> Iterator[str]:
+    """Encoders without what they need, losses without theirs, guidance without a null label."""
+    encoder, align, blocks = config.encoder, config.loss.align, config.sit_shape()["depth"]
+    if encoder.cached and config.data.latents is None:
+        yield ("encoder.cached=true reads features from the cache data.latents, which is null: set "
+               "data.latents, or encoder.cached=false")  # fmt: skip
+    if len(encoder.weights) not in (0, len(encoder.names)):
+        yield (f"encoder.weights has {len(encoder.weights)} entries for {len(encoder.names)} "
+               "encoder.names: give one (or null) for each, or []")  # fmt: skip
+    if align.sit > 0 and not encoder.names:
+        yield (f"loss.align.sit={align.sit} needs an encoder: name one in encoder.names, or set "
+               "loss.align.sit=0 loss.align.vae=0")  # fmt: skip
+    if align.sit == 0 and align.vae > 0 and config.vae.train:
+        yield (f"loss.align.vae={align.vae} needs a projector, which is not trained while "
+               "loss.align.sit=0: set loss.align.vae=0 too, or vae.train=false")  # fmt: skip
+    if config.uses_encoder and align.depth > blocks:
+        yield f"loss.align.depth={align.depth} must be at most {blocks}, the blocks of the SiT"
+    for name, section in (("preview", config.preview), ("eval", config.eval)):
+        guided = section.every > 0 and section.cfg_scale != 1
+        if guided and config.sit.class_dropout_prob == 0:
+            yield (f"{name}.cfg_scale={section.cfg_scale} needs a null label, which a SiT with "
+                   f"sit.class_dropout_prob=0 does not have: set {name}.cfg_scale=1")  # fmt: skip

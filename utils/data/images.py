@@ -1,0 +1,109 @@
+"""Image conversions and pictures: the only place where value ranges change.
+
+Suffixes: `_u8` uint8 in 0..255, `_pm1` float in [-1, 1], `_01` float in [0, 1]. Tensors have the
+shape (N, 3, H, W) or (3, H, W); their memory may be channels-last.
+"""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from models.errors import UserError
+
+CROP_VERSION = "adm-center-crop-1"  # written into packed data; change it with `center_crop`
+
+
+class UnreadableImageError(UserError):
+    """Bytes that are no image, or a broken one; `reason` says why, without the name."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop to (size, size) (guided-diffusion; Dhariwal & Nichol, arXiv 2105.05233).
+
+    Halve with BOX while the short side is at least 2 * size, resize it to `size` with BICUBIC (also
+    upwards), crop the centre (the odd pixel goes to the right and bottom).
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    resized = tuple(round(side * scale) for side in image.size)
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode => RGB. Alpha is dropped, as ADM does; 16-bit grey keeps its upper 8 bits."""
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255: a white image
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info:  # via RGBA: the same colours, without a warning per image
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def read_image(file: Path | io.BytesIO, where: str, resolution: int) -> torch.Tensor:
+    """Decode, convert to RGB, centre-crop: (3, resolution, resolution) uint8.
+
+    `UnreadableImageError` if the content is bad, plain `UserError` if the file system fails.
+    """
+    try:
+        # Pillow's warnings, about metadata and size, would come once per image and epoch.
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+            rgb = to_rgb(image)
+    except Exception as error:  # on broken files Pillow's decoders raise whatever their parser does
+        if isinstance(error, OSError) and error.errno is not None:
+            text = f"cannot read {where}: {error.strerror}; repair or remove it"
+            raise UserError(text) from error
+        known = isinstance(error, UnidentifiedImageError)  # its text holds a memory address
+        reason = "not an image" if known else f"{type(error).__name__}: {error}"
+        text = f"cannot decode {where}: {reason}; replace or remove it, or pack the data"
+        text += " (scripts/prepare_data.py skips such files)"
+        raise UnreadableImageError(text, reason) from error
+    return array_to_u8(center_crop(rgb, resolution))
+
+
+def array_to_u8(image: np.ndarray | Image.Image) -> torch.Tensor:
+    """(H, W, 3) uint8 => a (3, H, W) tensor: a view of a copy that keeps (H, W, 3) memory. Batches
+    of such images are channels-last without any permutation of pixels."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def u8_to_pm1(x_u8: torch.Tensor) -> torch.Tensor:
+    """uint8 in 0..255 => float32 in [-1, 1]."""
+    return x_u8.float() / 127.5 - 1
+
+
+def pm1_to_u8(x_pm1: torch.Tensor, rule: str = "round") -> torch.Tensor:
+    """Float in [-1, 1] => uint8, clamped. `truncate` is what the published samples were made with;
+    it darkens every image by half a grey level on average."""
+    assert rule in ("round", "truncate"), rule
+    x = (x_pm1.float() + 1) * 127.5
+    return (x.round() if rule == "round" else x).clamp(0, 255).to(torch.uint8)
+
+
+def pm1_to_01(x_pm1: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] => [0, 1]."""
+    return (x_pm1 + 1) / 2
+
+
+def save_grid(path: Path, x_u8: torch.Tensor, columns: int, scale: int = 1, gap: int = 1) -> None:
+    """Write (N, 3, H, W) uint8 images as one PNG, row by row, `gap` grey pixels after each; then
+    every pixel is enlarged `scale` times."""
+    assert x_u8.dtype == torch.uint8 and x_u8.shape[1] == 3, (x_u8.dtype, x_u8.shape)
+    n, c, h, w = x_u8.shape
+    rows = -(-n // columns)
+    cells = torch.full((rows * columns, c, h + gap, w + gap), 128, dtype=torch.uint8)
+    cells[:n, :, :h, :w] = x_u8.cpu()
+    cells[n:, :, :h, :w] = 255  # missing ones are white
+    cells = cells.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)
+    picture = Image.fromarray(cells.flatten(2, 3).flatten(0, 1).numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.resize([side * scale for side in picture.size], Image.Resampling.NEAREST).save(path)

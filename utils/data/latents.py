@@ -1,0 +1,284 @@
+"""Cached latents, joined to the images by key; the reader and the writer.
+
+latents-00000.npy ...       (n, F, 2, C, h, w) float16: posterior mean and std; F = 2 with
+                            mirrored copies, else 1
+features-K-00000.npy ...    (n, F, T, D) float16: tokens of the K-th encoder, if asked for
+shard-00000.json ...        checksums of its images and sums of its latents
+keys.txt checksums.npy      one key a line, (N,) uint32, in the order of the rows
+plan.json meta.json         what it was made from; written last, with statistics
+"""
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.encoders import Encoder, encoder_weight_file
+from models.errors import UserError
+from models.vae import VAE
+from utils.data.base import Source
+from utils.data.images import CROP_VERSION, u8_to_pm1
+from utils.data.latent_stats import ChannelMoments
+from utils.data.sampling import make_loader
+from utils.data.sharded import KEYS, META, ShardedFolder, ShardedRows, shard_file
+from utils.files import TEXT, read_json, read_lines, sha256_file, write_atomically, write_lines
+from utils.precision import autocast
+from utils.provenance import versions
+
+CACHE_FORMAT = "repae-latents-1"
+LATENTS, CHECKSUMS = "latents", "checksums.npy"
+CHECKED_IMAGES = 32  # whose pixels are compared at the start of a run
+OPEN_FILES = 256  # memory maps of one process: each holds a file descriptor
+NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)  # where nothing looks at the image
+
+
+def cache_rows(layout: dict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Name of each array => shape and dtype of one image's row, from `copies`, `latent_shape`
+    (C, h, w) and `encoders`, each with its `shape` (T, D)."""
+    f = layout["copies"]
+    shapes = {LATENTS: (f, 2, *layout["latent_shape"])}
+    shapes |= {f"features-{k}": (f, *e["shape"]) for k, e in enumerate(layout["encoders"])}
+    return {array: (shape, np.dtype(np.float16)) for array, shape in shapes.items()}
+
+
+def checksum(x_u8: Tensor) -> int:
+    """CRC-32 of the pixels of one image (3, H, W), in this order."""
+    return zlib.crc32(x_u8.contiguous().numpy())
+
+
+def weights_id(encoder: str, file: str | None) -> str:
+    """What tells an encoder's weight file from another: its sha256, `published`, or `random`."""
+    if file in (None, "random"):
+        return file or "published"
+    return sha256_file(encoder_weight_file(encoder, file).find())
+
+
+def weights_digest(net: nn.Module) -> str:
+    """sha256 of all weights, by name, in float32: the same for every file format."""
+    digest = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+class LatentCache:
+    """A finished cache; `UserError` if it is unfinished, damaged, or of another crop or format."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.expanduser()
+        if not self.folder.is_dir():
+            text = f"data.latents={folder}: no such folder; correct the path, or make it with"
+            raise UserError(f"{text} scripts/cache_latents.py")
+        again = "run the same cache_latents.py command again"
+        self.meta = read_json(self.folder / META, f"an unfinished cache: {again}")
+        for name, wanted in (("format", CACHE_FORMAT), ("crop_version", CROP_VERSION)):
+            self._expect(name, self.meta.get(name), wanted)
+        lengths, self._rows = self.meta["shards"], {}
+        open_files = max(1, OPEN_FILES // (1 + len(self.meta["encoders"])))
+        for array, (shape, dtype) in cache_rows(self.meta).items():
+            files = [shard_file(self.folder, array, shard) for shard in range(len(lengths))]
+            size = dtype.itemsize * int(np.prod(shape))
+            self._rows[array] = ShardedRows(files, lengths, size, again, open_files)
+
+    def __len__(self) -> int:
+        return self.meta["num_images"]
+
+    @property
+    def arrays(self) -> list[str]:
+        """Names of the arrays: the latents first, then the features of each encoder."""
+        return list(self._rows)
+
+    def read(self, array: str, row: int) -> Tensor:
+        """(F, ...) float16."""
+        return torch.from_numpy(np.array(self._rows[array][row]))
+
+    def encoder_dims(self) -> tuple[int, ...]:
+        """Channels of the cached features, for each encoder."""
+        return tuple(e["shape"][1] for e in self.meta["encoders"])
+
+    def stats(self) -> tuple[Tensor, Tensor]:
+        """Per-channel (mean, std), each (C,) float64."""
+        return tuple(torch.tensor(self.meta[k], dtype=torch.float64) for k in ("mean", "std"))
+
+    def check_vae(self, vae: VAE, spec: str) -> None:
+        """`UserError` unless these weights made the cache."""
+        found, meta = weights_digest(vae), self.meta
+        if found != meta["vae_sha256"]:
+            raise UserError(
+                f"{self.folder} was made with another VAE: {meta['vae']} with weights "
+                f"{meta['vae_sha256'][:12]}, {spec} has {found[:12]}; cache the latents again, or "
+                "correct vae.name and vae.weights"
+            )
+
+    def check_images(self, resolution: int, hflip: bool) -> None:
+        """`UserError` if the cache is of another resolution, or lacks mirrored copies."""
+        self._expect("resolution", self.meta["resolution"], resolution)
+        if hflip and self.meta["copies"] < 2:
+            text = f"data.hflip=true, but {self.folder} holds no mirrored copies"
+            raise UserError(f"{text}: cache again with --hflip, or set data.hflip=false")
+
+    def check_features(self, names: Sequence[str], files: Sequence[str | None], grid: int) -> None:
+        """`UserError` unless the features are those of these encoders, grid x grid tokens each.
+        `files`: their weights (None = published)."""
+        wanted = [[name, grid**2, weights_id(name, file)] for name, file in zip(names, files)]
+        held = [[e["name"], e["shape"][0], e["weights"]] for e in self.meta["encoders"]]
+        self._expect("features [encoder, tokens, weights]", held, wanted)
+
+    def join(self, source: Source) -> np.ndarray:
+        """(N,) int64: the row of each image of `source`; `UserError` unless its images are those of
+        the cache. Some pixels are compared: the same names do not make the same images."""
+        keys = read_lines(self.folder / KEYS)
+        own = [source.key(i) for i in range(len(source))]
+        row_of = {key: row for row, key in enumerate(keys)}
+        without = [key for key in own if key not in row_of]
+        extra = sorted(set(keys) - set(own), key=row_of.get)
+        kinds = {"images without latents": without, "latents without an image": extra}
+        words = [f"{what}: {len(k)} (first {k[0]})" for what, k in kinds.items() if k]
+        if words:
+            raise UserError(
+                f"{self.folder} holds the latents of {len(keys)} images, the data has {len(own)}: "
+                f"{'; '.join(words)}; cache the latents again, or correct data.path"
+            )
+        rows = np.array([row_of[key] for key in own], dtype=np.int64)
+        checksums = np.load(self.folder / CHECKSUMS)
+        for i in np.linspace(0, len(rows) - 1, min(CHECKED_IMAGES, len(rows)), dtype=int).tolist():
+            if checksum(source[i][0]) != checksums[rows[i]]:
+                text = f"{self.folder} was made from other images: the pixels of {own[i]} differ"
+                raise UserError(f"{text}; cache the latents again, or correct data.path")
+        return rows
+
+    def _expect(self, what: str, found, wanted) -> None:
+        if found != wanted:
+            text = f"{self.folder} was made with {what} {found}, but {wanted} is asked for"
+            raise UserError(f"{text}; cache the latents again, or change the config")
+
+
+class CachedSource(Source):
+    """A source with the latents of its images: item i is (x_u8, label, latents, *features), the
+    latents (F, 2, C, h, w) and features (F, T, D) float16.
+
+    `features`: whether to read the cached features. `pixels`: whether to read the images, too; else
+    x_u8 is empty, (3, 0, 0).
+    """
+
+    def __init__(self, images: Source, cache: LatentCache, features: bool, pixels: bool) -> None:
+        super().__init__(images.root, images.resolution)
+        self.images, self.cache, self.rows = images, cache, cache.join(images)
+        self.classes, self.labels = images.classes, images.labels
+        self.arrays = cache.arrays if features else [LATENTS]
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, *tuple[Tensor, ...]]:
+        x_u8, y = self.images[i] if self.pixels else (NO_PIXELS, self.images.label(i))
+        return x_u8, y, *(self.cache.read(array, self.rows[i]) for array in self.arrays)
+
+    def key(self, i: int) -> str:
+        return self.images.key(i)
+
+
+@dataclass
+class CacheWriter:
+    """Fills `folder` with what frozen networks make of the images of `source`. `begin` completes
+    its plan, which is a layout for `cache_rows`, with resolution and precision."""
+
+    folder: ShardedFolder
+    source: Source
+    vae: VAE  # on the device where it runs, as the encoders
+    encoders: list[Encoder]
+    precision: str  # of utils/precision.py
+
+    @contextmanager
+    def begin(self) -> Iterator[list[int]]:
+        """Complete the plan, and hold the folder; gives the shards still to be written. `UserError`
+        if it was begun with other images, networks or settings. For the main process only."""
+        folder, keys = self.folder, "".join(f"{key}\n" for key in self.source.list_keys())
+        pairs = zip(folder.plan["encoders"], self.encoders)
+        folder.plan |= {
+            "format": CACHE_FORMAT,
+            "crop_version": CROP_VERSION,
+            "num_images": len(self.source),
+            "keys_sha256": hashlib.sha256(keys.encode(*TEXT)).hexdigest(),
+            "vae_sha256": weights_digest(self.vae),
+            "encoders": [entry | {"sha256": weights_digest(net)} for entry, net in pairs],
+            "shard_size": folder.shard_size,
+        }
+        folder.check_plan()
+        with folder.locked():
+            self._check_finished_shards()
+            folder.begin()
+            yield folder.unfinished()
+
+    def _check_finished_shards(self) -> None:
+        """`UserError` where the first image of a finished shard has other pixels, same name."""
+        for shard in sorted({*range(self.folder.num_shards)} - {*self.folder.unfinished()}):
+            first = self.folder.items(shard)[0]
+            if self.folder.record(shard)["checksums"][0] != checksum(self.source[first][0]):
+                text = f"{self.folder.folder} was begun with other images: the pixels of"
+                key = self.source.key(first)
+                raise UserError(f"{text} {key} differ; use the same images, or another OUT")
+
+    def write(self, shards: list[int], batch_size: int, workers: int, progress: bool) -> None:
+        """Encode and write these shards, one after the other."""
+        images = [self.folder.items(shard) for shard in shards]
+        starts = [(items, k) for items in images for k in range(0, len(items), batch_size)]
+        batches = [list(items[k : k + batch_size]) for items, k in starts]
+        on_gpu = next(self.vae.parameters()).is_cuda
+        loader = iter(make_loader(self.source, batches, workers, on_gpu))
+        total = sum(map(len, images))
+        with tqdm(total=total, unit="img", disable=not progress, mininterval=1) as bar:
+            for shard, indices in zip(shards, images):
+                parts = (next(loader)[0] for _ in range(0, len(indices), batch_size))
+                self._write_shard(shard, parts, bar)
+
+    def _write_shard(self, shard: int, parts: Iterator[Tensor], bar: tqdm) -> None:
+        arrays, plan = self.folder.draft(shard), self.folder.plan
+        moments, checksums = ChannelMoments(plan["latent_shape"][0]), []
+        for x_u8 in parts:
+            at = slice(len(checksums), len(checksums) + len(x_u8))
+            rows = self._encode(x_u8, plan["copies"])
+            for array, row in zip(arrays.values(), rows):
+                array[at] = row.numpy()
+            moments.add(*rows[0].flatten(0, 1).unbind(1))
+            checksums += map(checksum, x_u8)
+            bar.update(len(x_u8))
+        self.folder.seal(shard, {"moments": moments.sums.tolist(), "checksums": checksums})
+
+    @torch.no_grad()
+    def _encode(self, x_u8: Tensor, copies: int) -> list[Tensor]:
+        """Images (n, 3, H, W) uint8 => their rows of every array, (n, copies, ...) float16 on the
+        CPU. `UserError` if one is not finite."""
+        x, views = u8_to_pm1(x_u8.to(next(self.vae.parameters()).device).contiguous()), []
+        for pixels in (x, x.flip(-1))[:copies]:
+            with autocast(x.device, self.precision):
+                posterior = self.vae.encode(pixels)
+                feats = [encoder(pixels).float() for encoder in self.encoders]
+            views.append([torch.stack([posterior.mean, posterior.std], dim=1), *feats])
+        rows = [torch.stack(views, dim=1).half().cpu() for views in zip(*views)]
+        if not all(array.isfinite().all() for array in rows):
+            text = "the latents or features are not finite in float16: the network does not fit"
+            raise UserError(f"{text} these images, or needs --precision fp32")
+        return rows
+
+    def finish(self, vae: str) -> None:
+        """Join the records of all shards; write meta.json last. `vae`: its name, for messages."""
+        folder, records = self.folder, self.folder.records()
+        moments = ChannelMoments(folder.plan["latent_shape"][0])
+        moments.sums += sum(torch.tensor(r["moments"], dtype=torch.float64) for r in records)
+        mean, std = moments.result()
+        checksums = np.array([c for r in records for c in r["checksums"]], dtype=np.uint32)
+        write_atomically(folder.folder / CHECKSUMS, lambda file: np.save(file, checksums))
+        write_lines(folder.folder / KEYS, self.source.list_keys())
+        lengths = [len(record["checksums"]) for record in records]
+        stats = {"shards": lengths, "mean": mean.tolist(), "std": std.tolist()}
+        folder.finish(folder.plan | {"vae": vae} | stats | {"versions": versions()})

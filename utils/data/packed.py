@@ -1,0 +1,191 @@
+"""Packed data: raw uint8 pixels of images that were cropped once; the reader and the writer.
+
+shard-00000.npy ...            (n, R, R, 3) uint8
+shard-00000.json ...           keys and labels of its images, and those that were skipped
+labels.npy keys.txt            (N,) int64, one name a line, in the order of the rows
+skipped.txt                    "name<TAB>reason" of each unreadable image
+plan.json meta.json            what it was made from; written last, with the lengths of shards
+"""
+
+import functools
+import hashlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from models.errors import UserError
+from utils.data.base import Source
+from utils.data.images import CROP_VERSION, UnreadableImageError, array_to_u8
+from utils.data.sharded import KEYS, META, ShardedFolder, ShardedRows, shard_file
+from utils.files import TEXT, read_json, read_lines, sha256_file, write_atomically, write_lines
+
+PACKED_FORMAT = "repae-packed-1"
+ARRAY = "shard"  # the only array, hence shard-00000.npy
+LABELS, SKIPPED = "labels.npy", "skipped.txt"
+
+
+class PackedSource(Source):
+    """What scripts/prepare_data.py wrote."""
+
+    def __init__(self, root: Path, resolution: int, split: str = "all") -> None:
+        super().__init__(root, resolution)
+        again = "run the same prepare_data.py command again"
+        meta = read_json(root / META, f"the folder is unfinished: {again}")
+        if meta.get("format") != PACKED_FORMAT:
+            raise UserError(f"{root}: format {meta.get('format')!r}, expected {PACKED_FORMAT!r}")
+        for name, wanted in (("crop_version", CROP_VERSION), ("resolution", resolution)):
+            if meta[name] != wanted:
+                what = f"{name.replace('_', ' ')} {meta[name]}, but {wanted} is asked for"
+                remedy = "pack again with scripts/prepare_data.py, or change the config"
+                raise UserError(f"{root} was packed with {what}; {remedy}")
+        self.classes, lengths = meta["classes"], meta["shards"]
+        files = [shard_file(root, ARRAY, shard) for shard in range(len(lengths))]
+        self._rows = ShardedRows(files, lengths, 3 * resolution**2, again)
+        self.labels = np.load(root / LABELS)
+        assert len(self.labels) == len(self._rows) == meta["num_images"], root
+        self._keys: list[str] | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_keys": None}
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return array_to_u8(self._rows[i]), int(self.labels[i])
+
+    def key(self, i: int) -> str:
+        """The image's key in the source that was packed."""
+        if self._keys is None:
+            self._keys = read_lines(self.root / KEYS)
+            assert len(self._keys) == len(self), self.root
+        return self._keys[i]
+
+    def fingerprint(self) -> str:
+        """sha256 of meta.json, which holds a hash of what was packed."""
+        return sha256_file(self.root / META)
+
+
+def packed_folder(out: Path, source: Source, name: str, shard_size: int) -> ShardedFolder:
+    """The folder into which `source`, whose kind is `name`, is packed; nothing is written yet.
+    `UserError` if the source holds pixels already."""
+    sizes = source.sizes()
+    if sizes is None:
+        raise UserError(f"data.source={name} holds pixels already; train on it without packing")
+    digest = hashlib.sha256()
+    for i, key in enumerate(source.list_keys()):
+        digest.update(f"{key}\t{source.label(i)}\n".encode(*TEXT))
+    for size in sizes:
+        digest.update(f"{size}\n".encode())
+    side, num = source.resolution, len(source)
+    plan = {"format": PACKED_FORMAT, "crop_version": CROP_VERSION, "resolution": side}
+    plan |= {"shard_size": shard_size, "source": name, "num_listed": num}
+    plan |= {"source_sha256": digest.hexdigest()}
+    rows = {ARRAY: ((side, side, 3), np.uint8)}
+    return ShardedFolder(out, plan=plan, num_items=num, shard_size=shard_size, rows=rows)
+
+
+def pack(source: Source, folder: ShardedFolder, workers: int) -> None:
+    """Write the unfinished shards one after the other, each with all worker processes (0 = in this
+    process). `UserError` if a worker dies or on Ctrl-C; the same call then continues."""
+    if not folder.unfinished():
+        return
+    if workers < 1:
+        _set_source(source)
+        return _write_shards(lambda tasks: map(_pack_image, tasks), source, folder)
+    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(source,)) as pool:
+        chunk = max(1, min(32, folder.shard_size // (4 * workers)))
+        try:
+            _write_shards(functools.partial(pool.map, _pack_image, chunksize=chunk), source, folder)
+        except BrokenProcessPool:
+            text = f"one of {workers} workers died (out of memory?); run the same command again"
+            raise UserError(f"{text}, or with fewer --workers") from None
+        except KeyboardInterrupt:
+            raise UserError("interrupted; run the same command again to continue") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _write_shards(mapper: Callable, source: Source, folder: ShardedFolder) -> None:
+    todo = folder.unfinished()
+    done = len(source) - sum(len(folder.items(shard)) for shard in todo)
+    pace = {"smoothing": 0.05, "mininterval": 0.5 if sys.stderr.isatty() else 30}  # s; 30: logs
+    with tqdm(total=len(source), initial=done, unit=" images", **pace) as bar:
+        for shard in todo:
+            path = folder.draft(shard)[ARRAY].filename
+            tasks = [(path, *task) for task in enumerate(folder.items(shard))]
+            kept, record = [], {"keys": [], "labels": [], "skipped": []}
+            for (_, row, i), reason in zip(tasks, mapper(tasks)):
+                if reason is None:
+                    kept.append(row)
+                    record["keys"].append(source.key(i))
+                    record["labels"].append(source.label(i))
+                else:
+                    record["skipped"].append([source.key(i), " ".join(reason.split())])
+                bar.update()
+            folder.seal(shard, record, kept)
+
+
+def finish_packing(folder: ShardedFolder, source: Source) -> str:
+    """Join the records of all shards, write meta.json last, and return a summary to print."""
+    out, records = folder.folder, folder.records()
+    keys, labels, skipped = (
+        [item for record in records for item in record[name]]
+        for name in ("keys", "labels", "skipped")
+    )
+    write_lines(out / SKIPPED, [f"{key}\t{reason}" for key, reason in skipped])
+    if not keys:
+        raise UserError(f"none of the {len(source)} images is readable; see {out / SKIPPED}")
+    write_atomically(out / LABELS, lambda file: np.save(file, np.array(labels, dtype=np.int64)))
+    write_lines(out / KEYS, keys)
+    lengths = [len(record["keys"]) for record in records]
+    counts = {"num_images": len(keys), "num_skipped": len(skipped), "shards": lengths}
+    folder.finish(folder.plan | counts | {"classes": list(source.classes)})
+    size = sum(folder.file(ARRAY, shard).stat().st_size for shard in range(folder.num_shards))
+    return (
+        f"packed {len(keys)} images, {source.num_classes} classes, {len(skipped)} skipped, "
+        f"{size} bytes; use: data.source=packed data.path={out} data.resolution={source.resolution}"
+    )
+
+
+_source: Source | None = None  # set once per worker: it is too large to travel with every task
+
+
+def _start_worker(source: Source) -> None:
+    _set_source(source)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _set_source(source: Source) -> None:
+    global _source
+    _source = source
+    _open_rows.cache_clear()
+
+
+def _die_with_parent() -> None:
+    """An executor's workers would outlive a killed parent."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_rows(path: str) -> np.ndarray:
+    return np.load(path, mmap_mode="r+")
+
+
+def _pack_image(task: tuple[str, int, int]) -> str | None:
+    """Write image `index` into row `row` of the array at `path`; returns why it is unreadable."""
+    path, row, index = task
+    try:
+        image, _ = _source[index]
+    except UnreadableImageError as error:
+        return error.reason
+    _open_rows(path)[row] = image.permute(1, 2, 0).numpy()

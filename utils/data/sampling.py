@@ -1,0 +1,130 @@
+"""Which images make a batch, and the loader that reads them.
+
+The images of global step k are a function of (seed, k) alone: nothing has to be saved to resume,
+and the number of ranks and workers can change without changing a batch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from models.errors import UserError
+from utils.data.base import Source
+
+PREFETCH = 4  # batches that each worker holds ready
+
+
+def step_indices(num_images: int, global_batch: int, seed: int, step: int) -> np.ndarray:
+    """(global_batch,) int64: the images of one step, whatever the number of ranks. `UserError` for
+    an impossible batch or a negative seed.
+
+    Each epoch is a permutation of its own; its last num_images % global_batch images are left out.
+    """
+    _check_batch(num_images, global_batch, 1)
+    epoch, i = divmod(step, num_images // global_batch)
+    return _permutation(num_images, seed, epoch)[i * global_batch : (i + 1) * global_batch]
+
+
+@lru_cache(maxsize=1)
+def _permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
+    # Raw draws, sorted: numpy keeps these streams for ever, its shuffles may change with a release.
+    if seed < 0:
+        raise UserError(f"seed {seed}: expected 0 or more")
+    draws = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_images)
+    return draws.argsort(kind="stable")
+
+
+def _check_batch(num_images: int, global_batch: int, world: int) -> None:
+    if not 1 <= global_batch <= num_images:
+        text = f"global batch {global_batch}: expected 1 .. {num_images}, the number of images"
+        raise UserError(f"{text}; change the batch size or give more images")
+    if global_batch % world:
+        text = f"global batch {global_batch} cannot be shared equally by {world} ranks"
+        raise UserError(f"{text}; make it a multiple of {world} or change the number of ranks")
+
+
+@dataclass
+class StepSampler(Sampler[list[int]]):
+    """Batch sampler: this rank's contiguous share of every step in [start_step, end_step)."""
+
+    num_images: int
+    global_batch: int
+    _: KW_ONLY
+    seed: int
+    rank: int = 0
+    world: int = 1
+    start_step: int = 0
+    end_step: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world and self.start_step >= 0, self
+        _check_batch(self.num_images, self.global_batch, self.world)
+
+    def __len__(self) -> int:
+        return self.end_step - self.start_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.global_batch // self.world
+        for step in range(self.start_step, self.end_step):
+            indices = step_indices(self.num_images, self.global_batch, self.seed, step)
+            yield indices[self.rank * share : (self.rank + 1) * share].tolist()
+
+
+class Loader(DataLoader):
+    """A DataLoader that raises a `UserError` of a worker as it is, not wrapped in a traceback."""
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        for batch in super().__iter__():
+            if isinstance(batch[0], UserError):
+                raise batch[0]
+            yield batch
+
+
+class _Batches(Dataset):
+    """A source read batch by batch."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitems__(self, indices: list[int]) -> list:
+        try:
+            return collate([self.source[i] for i in indices])
+        except UserError as error:
+            return [error]
+
+
+def collate(items: list[tuple]) -> list[torch.Tensor]:
+    """Items (x_u8, label, ...) of a source => one batch. The images (B, 3, H, W) are channels-last:
+    they are stacked as (B, H, W, 3), the order in which sources hold their pixels."""
+    x_u8, *rest = default_collate([(x.permute(1, 2, 0), *rest) for x, *rest in items])
+    return [x_u8.permute(0, 3, 1, 2), *rest]
+
+
+def make_loader(
+    source: Source,
+    sampler: StepSampler | list[list[int]],
+    workers: int = 0,
+    pin_memory: bool = False,
+    context: str | None = None,
+) -> Loader:
+    """Yields one batch for each step of `sampler`: [x_u8 (B, 3, H, W) uint8 in channels-last
+    memory, y (B,) int64, what else the source gives]. A `UserError` in a worker is raised here.
+
+    `workers` processes of one thread each; 0 reads in this process. `context` is how they start
+    ("fork", "spawn"; None: Python's default). No random number is drawn, here or in a worker.
+    """
+    return Loader(
+        _Batches(source),
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=list,  # batches are collated already
+        generator=torch.Generator(),  # else the loader draws from the global one for its workers
+        persistent_workers=workers > 0,
+        prefetch_factor=PREFETCH if workers else None,
+        multiprocessing_context=context if workers else None,
+    )

@@ -1,0 +1,267 @@
+"""Arrays on disk in numbered shards: one resumable writer, and one reader.
+
+folder/plan.json            what must not change between two commands that fill the folder
+folder/ARRAY-00000.npy ...  the rows of shard 0, 1, ... of each array
+folder/shard-00000.json ... written after the arrays of the shard: a shard with it is finished
+folder/meta.json            written last: a folder with it is finished
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import DTypeLike
+
+from models.errors import UserError
+from utils.files import format_bytes, locked, read_json, read_record, sync, write_json
+
+PLAN = "plan.json"
+META = "meta.json"
+KEYS = "keys.txt"  # of formats with keys: one a line, in the order of the rows
+
+
+@dataclass
+class ShardedFolder:
+    """A folder of numbered shards that one long command fills, and that the same command continues
+    after a kill. Shards depend on nothing but their number, so ranks can share them.
+
+    Shard k holds the items k * shard_size ... of `num_items`. `rows` maps the name of each array to
+    the shape and dtype of one item's row. `plan` (JSON values) is what two commands must agree in
+    to share the folder.
+    """
+
+    folder: Path
+    _: KW_ONLY
+    plan: dict
+    num_items: int
+    shard_size: int
+    rows: Mapping[str, tuple[tuple[int, ...], DTypeLike]]
+
+    def __post_init__(self) -> None:
+        self.plan = json.loads(json.dumps(self.plan))
+        self.rows = {name: (tuple(s), np.dtype(dtype)) for name, (s, dtype) in self.rows.items()}
+        self._drafts: dict[int, dict[str, np.memmap]] = {}
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_items // self.shard_size)
+
+    def items(self, shard: int) -> range:
+        """The items of one shard; the last one may hold fewer."""
+        return range(self.num_items)[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+    def file(self, array: str, shard: int) -> Path:
+        """Where one shard of an array lies when it is finished."""
+        return shard_file(self.folder, array, shard)
+
+    def record_file(self, shard: int) -> Path:
+        """Where the record lies that marks a shard as finished."""
+        return self.folder / f"shard-{shard:05d}.json"
+
+    def check_plan(self) -> None:
+        """`UserError` if the folder holds something else, or was begun with another plan."""
+        path = self.folder / PLAN
+        if path.is_file():
+            begun = read_json(path, f"delete {self.folder}, or choose another folder")
+            if changed := plan_differences(begun, self.plan):
+                text = f"{self.folder} was begun with {', '.join(changed)}; use the same input and"
+                raise UserError(f"{text} settings, or another folder")
+        elif self.folder.is_file():
+            raise UserError(f"{self.folder} is a file; choose another folder")
+        elif self.folder.exists():
+            names = sorted(p.name for p in self.folder.iterdir())
+            if foreign := [n for n in names if n != ".lock" and not n.endswith(".tmp")]:
+                text = f"{self.folder} holds other files ({foreign[0]}); choose an empty folder"
+                raise UserError(text)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder and hold it; `UserError` if that fails or another command holds it."""
+        self._make()
+        with locked(self.folder):
+            yield
+
+    def begin(self) -> None:
+        """Make the folder, compare the plan with the one that is there, and write it. The folder
+        counts as unfinished from here on, unless all shards are there."""
+        self._make()
+        self.check_plan()
+        if self.unfinished():
+            (self.folder / META).unlink(missing_ok=True)
+        write_json(self.folder / PLAN, self.plan)
+
+    def _make(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"cannot make the folder {self.folder}: {error.strerror}; choose another folder"
+            raise UserError(text) from error
+
+    def unfinished(self) -> list[int]:
+        """The shards still to be written; a damaged one is among them."""
+        return [shard for shard in range(self.num_shards) if not self._is_finished(shard)]
+
+    def _is_finished(self, shard: int) -> bool:
+        """The record is written after the arrays, so where it is whole, they are; unless somebody
+        cut, replaced or removed a file."""
+        if read_record(self.record_file(shard)) is None:
+            return False
+        lengths = set()
+        for array, (shape, dtype) in self.rows.items():
+            try:
+                rows = self.read(shard, array)
+            except (OSError, ValueError, EOFError):
+                return False
+            is_whole = self.file(array, shard).stat().st_size == rows.offset + rows.nbytes
+            fits = rows.flags.c_contiguous and (rows.shape[1:], rows.dtype) == (shape, dtype)
+            if not (is_whole and fits):
+                return False
+            lengths.add(len(rows))
+        return len(lengths) == 1 and lengths.pop() <= len(self.items(shard))
+
+    def row_bytes(self, array: str) -> int:
+        """Bytes of one item in one array."""
+        shape, dtype = self.rows[array]
+        return int(np.prod(shape)) * dtype.itemsize
+
+    def describe(self) -> str:
+        """A line for each array: its shape and the bytes of all rows."""
+        return "\n".join(
+            f"{array}: {self.num_items:,} x {' x '.join(map(str, shape))} in {dtype}, "
+            + format_bytes(self.num_items * self.row_bytes(array))
+            for array, (shape, dtype) in self.rows.items()
+        )
+
+    def bytes_to_write(self) -> int:
+        """Bytes of all shards that are not finished."""
+        items = sum(len(self.items(shard)) for shard in self.unfinished())
+        return items * sum(map(self.row_bytes, self.rows))
+
+    def draft(self, shard: int) -> dict[str, np.memmap]:
+        """Arrays for all items of a shard, to be filled, in files of temporary names (`.filename`
+        of each: other processes may open it). `seal` gives them their own."""
+        self.record_file(shard).unlink(missing_ok=True)
+        self._drafts[shard] = {array: self._new_array(array, shard) for array in self.rows}
+        return self._drafts[shard]
+
+    def _new_array(self, array: str, shard: int) -> np.memmap:
+        shape, dtype = self.rows[array]
+        path = self.file(array, shard).with_suffix(".tmp")
+        path.unlink(missing_ok=True)  # a new file, which no left-over worker has open
+        try:
+            rows = npy.open_memmap(path, "w+", dtype, (len(self.items(shard)), *shape))
+            if hasattr(os, "posix_fallocate"):  # else a full disk kills who writes to the map
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, rows.offset + rows.nbytes)
+        except OSError as error:
+            text = f"cannot write {path}: {error.strerror}; free some disk"
+            raise UserError(text) from error
+        return rows
+
+    def seal(self, shard: int, record: dict, kept: Sequence[int] | None = None) -> None:
+        """Make a draft final: drop the rows that are not in `kept` (ascending; None = keep all),
+        make the files durable, give them their names, then write the record."""
+        for array, rows in self._drafts.pop(shard).items():
+            if kept is not None and len(kept) < len(rows):
+                _compact(rows, kept)
+            rows.flush()
+            sync(Path(rows.filename))
+            Path(rows.filename).replace(self.file(array, shard))
+        write_json(self.record_file(shard), record)
+
+    def finish(self, meta: dict) -> None:
+        """Write meta.json: the folder is finished."""
+        write_json(self.folder / META, meta)
+
+    def read(self, shard: int, array: str) -> np.memmap:
+        """(n, ...) rows of a finished shard, memory-mapped."""
+        return npy.open_memmap(self.file(array, shard), "r")
+
+    def record(self, shard: int) -> dict:
+        """What `seal` wrote beside a finished shard."""
+        return read_json(self.record_file(shard), "run the same command again")
+
+    def records(self) -> list[dict]:
+        """What `seal` wrote beside each shard; all of them are finished."""
+        return [self.record(shard) for shard in range(self.num_shards)]
+
+    def remove(self) -> None:
+        """Delete the folder with all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def shard_file(folder: Path, array: str, shard: int) -> Path:
+    return folder / f"{array}-{shard:05d}.npy"
+
+
+def plan_differences(begun: dict, plan: dict) -> list[str]:
+    """A phrase such as "seed=1, now 2" for each name in which two plans differ."""
+    return [
+        f"{name}={_short(begun.get(name))}, now {_short(plan.get(name))}"
+        for name in plan | begun  # in the order of `plan`
+        if begun.get(name) != plan.get(name)
+    ]
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _compact(rows: np.memmap, kept: Sequence[int]) -> None:
+    """Close the gaps between the rows `kept` and cut the file behind the last one."""
+    for new, old in enumerate(kept):
+        if new != old:
+            rows[new] = rows[old]
+    rows.flush()
+    header = npy.header_data_from_array_1_0(rows) | {"shape": (len(kept), *rows.shape[1:])}
+    with open(rows.filename, "r+b") as file:
+        npy.write_array_header_1_0(file, header)
+        assert file.tell() == rows.offset  # numpy pads headers so that the first axis can change
+        file.truncate(rows.offset + len(kept) * rows[0].nbytes)
+
+
+@dataclass
+class ShardedRows:
+    """The rows of one array in all its shards, by the number of the item. Files are mapped when
+    they are first read, at most `open_files` at a time: each map holds a file descriptor.
+
+    `UserError`, ending in `remedy`, if a file is missing or shorter than `lengths` says.
+    """
+
+    files: Sequence[Path]
+    lengths: Sequence[int]
+    row_bytes: int
+    remedy: str
+    open_files: int = 256
+
+    def __post_init__(self) -> None:
+        self._ends = np.cumsum(self.lengths, dtype=np.int64)
+        self._maps: dict[int, np.ndarray] = {}
+        for path, length in zip(self.files, self.lengths):
+            if not path.is_file() or path.stat().st_size < length * self.row_bytes:
+                text = f"{path} is missing or cut short (expected {length} images)"
+                raise UserError(f"{text}; {self.remedy}")
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_maps": {}}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Row i, a read-only view of the mapped file."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        if shard not in self._maps:
+            if len(self._maps) >= self.open_files:
+                del self._maps[next(iter(self._maps))]
+            self._maps[shard] = npy.open_memmap(self.files[shard], "r")
+        return self._maps[shard][i - int(self._ends[shard])]  # negative: counted from the end

@@ -1,0 +1,72 @@
+"""Data that need no files: scikit-learn's digits, and noise for benchmarks."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils.data.base import Source
+from utils.data.images import array_to_u8
+
+DIGITS_SPLIT_SEED = 20250416  # a constant, so that "test" is the same 20% for everybody
+
+
+class DigitsSource(Source):
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, resized with BICUBIC; ten classes.
+
+    `split` is "all", or "train" / "test": 80% / 20% of every class, the same for everybody.
+    """
+
+    needs_path = False
+    splits = ("all", "train", "test")
+
+    def __init__(self, root: None, resolution: int, split: str = "all") -> None:
+        from sklearn.datasets import load_digits
+
+        super().__init__(None, resolution)
+        digits = load_digits()
+        self.classes = list("0123456789")
+        self._indices = _split_digits(digits.target, split)
+        self._grey = np.rint(digits.images[self._indices] * (255 / 16)).astype(np.uint8)
+        self.labels = digits.target[self._indices].astype(np.int64)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        size = (self.resolution, self.resolution)
+        image = Image.fromarray(self._grey[i]).resize(size, Image.Resampling.BICUBIC)
+        return array_to_u8(image.convert("RGB")), int(self.labels[i])
+
+    def key(self, i: int) -> str:
+        """The digit's index in scikit-learn's set, whatever the split."""
+        return str(self._indices[i])
+
+
+def _split_digits(labels: np.ndarray, split: str) -> np.ndarray:
+    """Ascending indices of `split`; a fifth of each class, by a fixed random rank, is "test"."""
+    draws = np.random.Philox(DIGITS_SPLIT_SEED).random_raw(len(labels))
+    is_test = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        ranked = members[draws[members].argsort(kind="stable")]
+        is_test[ranked[: round(len(members) / 5)]] = True
+    chosen = {"all": np.ones_like(is_test), "train": ~is_test, "test": is_test}[split]
+    return np.flatnonzero(chosen)
+
+
+class SyntheticSource(Source):
+    """10,000 images of noise in 1,000 classes, a function of the index: for benchmarks only."""
+
+    needs_path = False
+
+    def __init__(self, root: None, resolution: int, split: str = "all") -> None:
+        super().__init__(None, resolution)
+        self.classes = [str(label) for label in range(1000)]
+        self.labels = np.arange(10_000) % 1000
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        shape = (3, self.resolution, self.resolution)
+        noise = np.random.Philox(key=i).random_raw(-(-np.prod(shape) // 8)).view(np.uint8)
+        return torch.from_numpy(np.resize(noise, shape)), int(self.labels[i])
+
+    def key(self, i: int) -> str:
+        return str(i)

@@ -1,0 +1,45 @@
+"""Checks of numbers that must meet: batch and ranks; latents, patches and encoder features."""
+
+from collections.abc import Generator
+
+from models.vae import VAES, vae_weight_file
+from utils.config.schema import Config, per_rank_batch
+from utils.data.base import Source
+from utils.doctor.findings import Finding, check, ok, warn
+from utils.training.networks import Networks, skeleton
+from utils.training.plan import parameters
+
+PUBLISHED_BATCH = 256  # images of one step in all of the paper's runs
+
+
+@check("batch")
+def check_batch(
+    c: Config, ranks: int, source: Source | None, published: bool
+) -> Generator[Finding, None, int | None]:
+    """The global batch splits, and is the published one where a published run is repeated; returns
+    the images of one rank in one step."""
+    run, rank_batch = c.run, per_rank_batch(c, ranks)
+    micro = rank_batch // run.accumulation
+    text = f"{run.batch_size} = {micro} x {ranks} rank(s) x {run.accumulation} micro-batch(es)"
+    if source:
+        text += f"; {run.steps:,} steps are {run.steps * run.batch_size / len(source):,.1f} epochs"
+    differs = published and run.batch_size != PUBLISHED_BATCH
+    advice = f"; the published learning rates belong to run.batch_size={PUBLISHED_BATCH}"
+    yield warn(text + advice) if differs else ok(text)
+    return rank_batch
+
+
+@check("tokens")
+def check_tokens(c: Config, source: Source | None) -> Generator[Finding, None, Networks | None]:
+    """Latents, patches and encoder features meet; returns the networks on the meta device."""
+    file = None if c.vae.name in VAES else vae_weight_file(c.vae.name, "hub")
+    if file and file.find() is None:
+        yield warn(f"unknown: config.json of {c.vae.name} is not here, and not downloaded for this")
+        return None
+    nets = skeleton(c, (source or c.data).num_classes or 1000)
+    latents = "x".join(map(str, nets.vae.latent_shape(c.data.resolution)))
+    sizes = parameters(nets.vae, nets.sit, nets.disc)
+    aligned = f", aligned with {', '.join(c.encoder.names)}" if c.uses_encoder else ""
+    tokens = f"{nets.sit.grid}x{nets.sit.grid} tokens of {latents} latents"
+    yield ok(f"{tokens}{aligned}; parameters: {sizes}")
+    return nets

@@ -1,0 +1,149 @@
+"""Samples against a reference: one code path for evaluate_fid.py and for evaluation in training."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from models.errors import UserError
+from utils.distributed import Ranks
+from utils.evaluation.image_sets import ImageSet, open_images, record_beside, sampling_settings
+from utils.evaluation.metrics import METRICS, Metric, Pair, select_metrics
+from utils.evaluation.networks import FeatureNet, load_network
+from utils.evaluation.npz_images import npz_members
+from utils.evaluation.options import Options
+from utils.evaluation.reference import Reference
+from utils.evaluation.report import add_result, assess_comparability, new_record
+from utils.evaluation.statistics import collect
+from utils.precision import exact_float32
+
+
+def evaluate(
+    samples, reference, options: Options | None = None, *, net: FeatureNet | None = None,
+    ranks: Ranks | None = None, progress: Callable[[str], Callable[[int], None]] | None = None,
+) -> dict:  # fmt: skip
+    """Measure `samples` against `reference` => a JSON-able record (utils.evaluation.report).
+
+    Both may be anything `open_images` takes, also images in memory: a uint8 tensor (N, 3, H, W) or
+    array (N, H, W, 3). The reference may also be ADM's .npz, or None for metrics that need none.
+    Every rank makes the call with the same arguments and gets the record; with
+    `Ranks(distributed=False)` a rank works alone. `net` replaces loading `options.features`;
+    `progress(what)` returns a callback that takes the number of images done. Raises `UserError`.
+    """
+    options, ranks = options or Options(), ranks or Ranks(device=net.device if net else None)
+    _refuse_swapped(samples, reference)
+    images = open_images(samples)
+    target = None if reference is None else Reference(reference, images.size[0])
+    _check_sizes(images, target)
+    net = net or load_network(options, ranks)
+    metrics, left_out = choose_metrics(options.metrics, net.family, target)
+    _check_counts(metrics, images, target)
+
+    compared = [metric for metric in metrics if metric.needs_reference]
+    of_reference = {}
+    if compared:
+        of_reference = target.statistics(
+            net, dict.fromkeys(metric.feature for metric in compared), ranks, options,
+            rows_of={metric.feature for metric in compared if metric.reference_rows},
+            progress=progress and progress("reference"),
+        )  # fmt: skip
+    of_samples = collect(
+        images, net, dict.fromkeys(metric.feature for metric in metrics), ranks,
+        batch_size=options.batch_size,
+        rows_of={metric.feature for metric in metrics if metric.sample_rows},
+        progress=progress and progress("samples"),
+    )  # fmt: skip
+
+    record = new_record(net, images, ranks.on_main(images.fingerprint), record_beside(samples))
+    record["reference"] = target.facts if target else None
+    record["warnings"] += left_out + _remarks(images, record)
+
+    def complete() -> dict:
+        pairs = {name: Pair(of_reference.get(name), each, net, options.pr_mode)
+                 for name, each in of_samples.items()}  # fmt: skip
+        with exact_float32():
+            for metric in metrics:
+                add_result(record, metric, metric.compute(pairs[metric.feature]), net)
+        assess_comparability(record, net, "statistics_sha256" in (record["reference"] or {}))
+        return record
+
+    return ranks.on_main(complete)
+
+
+def choose_metrics(
+    asked: tuple[str, ...] | None, family: str, target: Reference | None
+) -> tuple[list[Metric], list[str]]:
+    """Rows of `METRICS` to compute, in its order, and a line for each default one left out.
+    `asked`: names, or None for the default metrics. Raises `UserError` for a name that is unknown
+    or not defined for this network family and reference."""
+    unknown = [name for name in asked or () if name not in METRICS]
+    if unknown:
+        raise UserError(f"--metrics {unknown[0]}: unknown, expected some of {','.join(METRICS)}")
+    chosen, left_out = [], []
+    for metric in select_metrics(METRICS, asked):
+        problem = _undefined(metric, family, target)
+        if problem is None:
+            chosen.append(metric)
+        elif asked:
+            raise UserError(f"--metrics {metric.name}: {problem}; leave it out")
+        elif family == "inception":
+            left_out.append(f"{metric.name} left out: {problem}")
+    if not chosen:
+        raise UserError(f"nothing to compute: {'; '.join(left_out) or 'a reference is needed'}")
+    return chosen, left_out
+
+
+def _undefined(metric: Metric, family: str, target: Reference | None) -> str | None:
+    """Why a metric cannot be computed, or None if it can."""
+    if metric.families and family not in metric.families:
+        families = " or ".join(each.capitalize() for each in metric.families)
+        return f"defined for {families} features only, not for {family}"
+    if not metric.needs_reference:
+        return None
+    if target is None:
+        return "needs a --reference"
+    return target.missing(metric.feature, rows=metric.reference_rows)
+
+
+def _refuse_swapped(samples, reference) -> None:
+    """`UserError` where the files themselves show that the two arguments are exchanged."""
+    paths = [isinstance(s, str | Path) and Path(s).is_file() for s in (samples, reference)]
+    remedy = "it looks as if --samples and --reference are swapped"
+    samples_npz = paths[0] and Path(samples).suffix == ".npz"
+    if samples_npz and npz_members(Path(samples)) >= {"mu", "sigma"}:
+        raise UserError(f"{samples} holds statistics of a reference (mu, sigma): {remedy}")
+    if all(paths):
+        sampled = [bool(sampling_settings(record_beside(s))) for s in (samples, reference)]
+        if sampled == [False, True]:
+            raise UserError(f"{reference} has a sampling record beside it, {samples} has none: "
+                            f"{remedy}")  # fmt: skip
+
+
+def _check_sizes(images: ImageSet, target: Reference | None) -> None:
+    """`UserError` unless samples and reference images have one size."""
+    if target is None or target.images is None or tuple(images.size) == tuple(target.images.size):
+        return
+    (h, w), (rh, rw) = images.size, target.images.size
+    raise UserError(f"{images.name} has {h}x{w} images, {target.name} {rh}x{rw}: expected the same "
+                    "size; nothing is resized here, sample or pack at one resolution")  # fmt: skip
+
+
+def _check_counts(metrics: list[Metric], images: ImageSet, target: Reference | None) -> None:
+    """`UserError` if one of the sets has too few images for one of the metrics."""
+    for metric in metrics:
+        in_reference = metric.needs_reference and target.images is not None
+        for each in (images, target.images) if in_reference else (images,):
+            if len(each) < metric.least_images:
+                raise UserError(f"{each.name} has {len(each)} image(s), {metric.name} needs at "
+                                f"least {metric.least_images}; give more images")  # fmt: skip
+
+
+def _remarks(images: ImageSet, record: dict) -> list[str]:
+    """What the reader should know about the samples."""
+    remarks = []
+    if images.lossy:
+        remarks.append(f"{images.name} holds lossily compressed images: they move the distances")
+    if images.kind.startswith("npz") and record["samples"]["uint8_rule"] is None:
+        remarks.append("no record beside the samples: uint8 rule and label sampling are unknown")
+    reference = record["reference"] or {}
+    if reference.get("content_sha256") == record["samples"]["content_sha256"]:
+        remarks.append("samples and reference are the same images")
+    return remarks

@@ -1,0 +1,241 @@
+"""Every metric is one row of a table: what it needs, what it is called, and how it is computed.
+
+`METRICS` of samples, most of them against a reference; `VAE_METRICS` of a VAE's reconstructions. To
+add a metric, write its function and its row in this file; everything else follows from the row.
+This file imports no torch at its top, because --help lists the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from models.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from utils.evaluation.formulas import LatentStatistics
+    from utils.evaluation.networks import FeatureNet
+    from utils.evaluation.statistics import Statistics
+
+# samples in published tables
+PAPER_SIZE = 50_000
+# the Inception Score is a mean over splits: ADM's have 5,000 images in file order
+IS_SPLIT = 5000
+# seed of the random order in which the Inception Score is computed a second time
+IS_SHUFFLE_SEED = 2020
+# relative difference between the two orders from which on there is a warning
+IS_ORDER_TOLERANCE = 0.02
+# precision and recall: ADM takes the 3rd nearest neighbour, the point itself not counted
+PR_NEIGHBOUR = 3
+
+
+@dataclass
+class Pair:
+    """What a metric is computed from: statistics of one feature, which `net` computed, of the
+    samples and of the reference (None if no metric needs it)."""
+
+    reference: Statistics | None
+    samples: Statistics
+    net: FeatureNet
+    pr_mode: str
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Features of the reference (M, D) and of the samples (N, D), float32, on the device."""
+        import torch
+
+        both = self.reference.rows, self.samples.rows
+        return tuple(torch.from_numpy(rows).to(self.net.device) for rows in both)
+
+    @cached_property
+    def precision_recall(self) -> tuple[float, float]:
+        """Precision and recall, which are one computation."""
+        from utils.evaluation import formulas
+
+        return formulas.precision_recall(*self.rows(), k=PR_NEIGHBOUR, mode=self.pr_mode)
+
+
+@dataclass
+class Result:
+    """A number, what the record says with it (`protocol`: settings of the computation), and
+    warnings, each the rest of a sentence that begins with the metric's name."""
+
+    value: float
+    details: dict = field(default_factory=dict)
+    protocol: dict = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of samples: a row of `METRICS`."""
+
+    # as in --metrics
+    name: str
+    compute: Callable[[Pair], Result]
+    # network family: names in the record with the family's published weights, for 50,000 images,
+    # and for another number N, to which "@N" is appended
+    published: Mapping[str, tuple[str, str]]
+    # its name with any other network, to which "[network]" is appended
+    other: str
+    # which output of the feature network it is computed from: "pool" or "spatial"
+    feature: str = "pool"
+    # network families for which it is defined; () = all
+    families: tuple[str, ...] = ()
+    needs_reference: bool = True
+    # whether it needs the feature of every image, not only mean and covariance. ADM's reference
+    # file has 10,000 images for this, though its mean and covariance are of the whole training set.
+    reference_rows: bool = False
+    sample_rows: bool = False
+    # smallest number of images of each set
+    least_images: int = 2
+    # whether it is computed when no metrics are named
+    by_default: bool = True
+
+
+def by_name(*rows):
+    """A table: its rows by their names, in their order."""
+    return {row.name: row for row in rows}
+
+
+def select_metrics(table: Mapping, asked: tuple[str, ...] | None) -> list:
+    """Rows of a table, in its order: those asked for by name, or the default ones for None.
+    `UserError` for an unknown name."""
+    for name in asked or ():
+        if name not in table:
+            raise UserError(f"--metrics {name!r}: expected some of {','.join(table)}")
+    return [row for name, row in table.items() if (name in asked if asked else row.by_default)]
+
+
+def frechet(pair: Pair) -> Result:
+    """Frechet distance between Gaussians fitted to the features of both sets."""
+    from utils.evaluation.statistics import frechet_between
+
+    reference, samples = pair.reference, pair.samples
+    value, dim = frechet_between(reference, samples), len(samples.mean)
+    result = Result(value, {"n": samples.n, "n_reference": reference.n, "dimension": dim})
+    result.details["rank_deficient"] = reference.rank_deficient or samples.rank_deficient
+    if result.details["rank_deficient"]:
+        smallest = min(s.n for s in (reference, samples) if s.n is not None)
+        result.warnings.append(f"is rank-deficient: {smallest} images for {dim} dimensions; "
+                               "compare only with numbers from as many images")  # fmt: skip
+    if (floor := reference.floor) is not None:
+        times = value / floor if floor > 0 else None
+        result.details |= {"floor": floor, "times_floor": times, "floor_images": reference.n // 2}
+    return result
+
+
+def inception_score(pair: Pair) -> Result:
+    """Inception Score in file order, as ADM computes it; beside it the score in random order."""
+    from utils.evaluation import formulas
+
+    rows, weight = pair.samples.rows, pair.net.fc_weight.float().cpu()
+    order = np.random.Generator(np.random.PCG64(IS_SHUFFLE_SEED)).permutation(len(rows))
+    value, std = formulas.inception_score(rows, weight, split_size=IS_SPLIT)
+    shuffled, _ = formulas.inception_score(rows, weight, order, split_size=IS_SPLIT)
+    protocol = {"inception_score": {"split_size": IS_SPLIT, "order": "file", "bias": False}}
+    result = Result(value, {"std": std, "shuffled": shuffled}, protocol)
+    if abs(value / shuffled - 1) > IS_ORDER_TOLERANCE:
+        result.warnings.append(
+            f"is {value:.2f} in file order but {shuffled:.2f} shuffled: the samples are sorted (by "
+            "class?); papers with random labels correspond to the shuffled value")  # fmt: skip
+    return result
+
+
+def precision(pair: Pair) -> Result:
+    """Share of the samples that lie in the manifold of the reference."""
+    return _with_protocol(pair, pair.precision_recall[0])
+
+
+def recall(pair: Pair) -> Result:
+    """Share of the reference that lies in the manifold of the samples."""
+    return _with_protocol(pair, pair.precision_recall[1])
+
+
+def _with_protocol(pair: Pair, share: float) -> Result:
+    protocol = {"k": PR_NEIGHBOUR, "mode": pair.pr_mode,
+                "n_reference": len(pair.reference.rows), "n": len(pair.samples.rows)}  # fmt: skip
+    return Result(share, protocol={"precision_recall": protocol})
+
+
+METRICS: dict[str, Metric] = by_name(
+    Metric("fid", frechet, other="FD",
+           published={"inception": ("gFID-50K", "FID"), "dinov2": ("FD-DINOv2-50K", "FD-DINOv2")}),
+    Metric("sfid", frechet, {"inception": ("sFID-50K", "sFID")}, other="sFD",
+           feature="spatial", families=("inception",)),
+    Metric("is", inception_score, {"inception": ("IS-50K", "IS")}, other="IS",
+           families=("inception",), needs_reference=False, sample_rows=True),
+    Metric("precision", precision, {"inception": ("precision", "precision")}, other="precision",
+           reference_rows=True, sample_rows=True, least_images=PR_NEIGHBOUR + 1),
+    Metric("recall", recall, {"inception": ("recall", "recall")}, other="recall",
+           reference_rows=True, sample_rows=True, least_images=PR_NEIGHBOUR + 1),
+)  # fmt: skip
+
+
+@dataclass
+class Pictures:
+    """A batch of images and their reconstructions, each (n, 3, H, W): as uint8, and as float in
+    [-1, 1], clamped. `lpips` is the network of LPIPS, or None."""
+
+    original_u8: Tensor
+    reconstruction_u8: Tensor
+    original: Tensor
+    reconstruction: Tensor
+    lpips: nn.Module | None
+
+
+@dataclass(frozen=True)
+class VaeMetric:
+    """One metric of reconstructions: a row of `VAE_METRICS`, computed by exactly one of `features`,
+    `pictures` and `latents`."""
+
+    # as in --metrics
+    name: str
+    # what is measured and how, for the record
+    protocol: str
+    # the key under which the record's "protocol" says it; "" = the metric's name
+    protocol_name: str = ""
+    # compares features of the images (reference) and of their reconstructions (samples)
+    features: Metric | None = None
+    # value of each image of a batch => (n,); the record has the mean over all images
+    pictures: Callable[[Pictures], Tensor] | None = None
+    # named values of the latents of all images
+    latents: Callable[[LatentStatistics], dict] | None = None
+    # whether the LPIPS network has to be loaded
+    needs_lpips: bool = False
+    # whether it is computed when no metrics are named
+    by_default: bool = True
+
+
+def psnr_or_ssim(name: str, pictures: Pictures) -> Tensor:
+    """The formula of that name for each image: PSNR in dB, SSIM up to 1."""
+    from utils.evaluation import formulas
+
+    formula = {"psnr": formulas.psnr, "ssim": formulas.ssim}[name]
+    return formula(pictures.original_u8, pictures.reconstruction_u8)
+
+
+def lpips(pictures: Pictures) -> Tensor:
+    """LPIPS of each image, from 0."""
+    return pictures.lpips(pictures.reconstruction, pictures.original).double().flatten()
+
+
+RFID = {"inception": ("rFID-50K", "rFID"), "dinov2": ("rFD-DINOv2-50K", "rFD-DINOv2")}
+VAE_METRICS: dict[str, VaeMetric] = by_name(
+    VaeMetric("rfid", "features of the same images before and after, both as uint8",
+              protocol_name="frechet", features=Metric("rfid", frechet, RFID, other="rFD")),
+    VaeMetric("psnr", "dB per image on uint8, mse floored at 1e-10 of [0, 1], mean over images",
+              pictures=partial(psnr_or_ssim, "psnr")),
+    VaeMetric("ssim", "uint8 RGB, 11x11 Gaussian window of sigma 1.5, only where it lies inside, "
+              "mean over images", pictures=partial(psnr_or_ssim, "ssim")),
+    VaeMetric("lpips", "lpips package, net=vgg, version 0.1, inputs in [-1, 1], clamped",
+              pictures=lpips, needs_lpips=True, by_default=False),
+    VaeMetric("latents", "un-normalised posterior; spatial variance of a map, and total variation "
+              "= sum of absolute differences of neighbours in a map, both averaged over maps",
+              latents=lambda statistics: statistics.result()),
+)  # fmt: skip

@@ -1,0 +1,117 @@
+"""A small timm classifier: the quickstart's and the digits study's encoder, and their judge.
+
+The judge, of another architecture and seed than the encoder, says which digit a generated image
+shows, and its features measure the distance.
+"""
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.errors import UserError
+from utils.data.images import pm1_to_01, u8_to_pm1
+from utils.data.registry import open_source
+from utils.random import generator
+
+
+class Classifier:
+    """A timm network fed as `models.encoders` feeds it: timm's mean and std, bicubic resize to
+    `size` x `size` pixels."""
+
+    def __init__(self, net: nn.Module, size: int):
+        self.net, self.size = net, size
+        cfg = net.pretrained_cfg
+        self.mean = torch.tensor(cfg["mean"]).view(1, 3, 1, 1)
+        self.std = torch.tensor(cfg["std"]).view(1, 3, 1, 1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] => (N, classes)."""
+        x = (pm1_to_01(x) - self.mean) / self.std
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic")
+        return self.net(x)
+
+    @torch.no_grad()
+    def predict(self, x_u8: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 => labels (N,)."""
+        self.net.eval()
+        return torch.cat([self.logits(u8_to_pm1(x)).argmax(dim=1) for x in x_u8.split(256)])
+
+    def accuracy(self, x_u8: Tensor, y: Tensor) -> float:
+        """Share of the images (N, 3, H, W) uint8 whose predicted label is the one in y (N,)."""
+        return (self.predict(x_u8) == y).float().mean().item()
+
+
+def new_classifier(network: str, size: int, num_classes: int, seed: int) -> Classifier:
+    """An untrained timm network whose initial weights depend on `seed` alone."""
+    torch.manual_seed(seed)
+    return Classifier(timm.create_model(network, num_classes=num_classes), size)
+
+
+def read_all(name: str, path: str | None, resolution: int, split: str) -> tuple[Tensor, Tensor]:
+    """A whole (small) data source: images (N, 3, resolution, resolution) uint8 and labels (N,)."""
+    source = open_source(name, path, resolution, split)
+    images, labels = zip(*(source[i] for i in range(len(source))))
+    return torch.stack(images), torch.tensor(labels)
+
+
+def fit(
+    model: Classifier, x_u8: Tensor, y: Tensor, *, steps: int, batch_size: int, lr: float, seed: int
+) -> None:
+    """Train with AdamW, a learning rate that falls linearly to zero, label smoothing, and small
+    random affine maps of the images."""
+    opt = torch.optim.AdamW(model.net.parameters(), lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        opt, lr, total_steps=steps, pct_start=0.1, anneal_strategy="linear"
+    )
+    g = generator("classifier", seed)
+    model.net.train()
+    for _ in range(steps):
+        chosen = torch.randint(len(y), (batch_size,), generator=g)
+        logits = model.logits(random_affine(u8_to_pm1(x_u8[chosen]), g))
+        loss = F.cross_entropy(logits, y[chosen], label_smoothing=0.1)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
+
+
+def random_affine(x: Tensor, g: torch.Generator) -> Tensor:
+    """Rotate images (N, 3, H, W) in [-1, 1] by up to 14 degrees, scale them by up to 15 %, shift
+    them by up to an eighth of a side; black comes in from outside."""
+    num = len(x)
+    angle = (torch.rand(num, generator=g) - 0.5) * 0.5
+    scale = 1 + (torch.rand(num, generator=g) - 0.5) * 0.3
+    shift = (torch.rand(num, 2, generator=g) - 0.5) * 0.25
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    top, bottom = torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)
+    field = F.affine_grid(torch.stack([top, bottom], 1), list(x.shape), align_corners=False)
+    return F.grid_sample(x + 1, field, align_corners=False) - 1  # black is -1, padding 0
+
+
+def save(classifier: Classifier, facts: dict, path: Path) -> None:
+    """Write a timm state dict with its head; `facts` (network, size, ...) go into the metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(classifier.net.state_dict(), path, metadata={"classifier": json.dumps(facts)})
+
+
+def load(path: Path) -> tuple[Classifier, dict]:
+    """What `save` wrote: the classifier and its facts. `UserError` for any other file."""
+    if not path.is_file():
+        raise UserError(f"no classifier at {path}: train one with scripts/train_classifier.py")
+    with safe_open(path, "pt") as file:
+        facts = json.loads((file.metadata() or {}).get("classifier", "null"))
+    if facts is None:
+        raise UserError(f"{path} was not made by scripts/train_classifier.py")
+    state = load_file(path)
+    head = timm.get_pretrained_cfg(facts["network"]).classifier
+    net = timm.create_model(facts["network"], num_classes=len(state[f"{head}.bias"]))
+    net.load_state_dict(state)
+    return Classifier(net, facts["size"]), facts

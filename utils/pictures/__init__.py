@@ -1,0 +1,8 @@
+"""Figures: of latents, of samples as training goes on, and of the solvers' errors.
+
+grid.py      rows of images with a title each, as one PNG
+pca.py       latent maps as colours, by their first three principal components
+latents.py   the latents of several VAEs side by side, with figures
+progress.py  the same samples from several checkpoints of a run
+solvers.py   error of each ODE solver against its number of network calls
+"""

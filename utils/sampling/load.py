@@ -1,0 +1,89 @@
+"""A checkpoint that is sampled from: sit_ema/ and vae/, and nothing else of it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loss.interpolant import PATHS
+from models.errors import UserError
+from models.sit import SiT, load_sit
+from models.vae import VAE, build_vae, load_vae
+from utils.checkpoint import SIT_EMA, STATE, VAE_FOLDER
+from utils.files import files_below, read_record, sha256_file
+from utils.precision import DTYPES, allow_tf32
+from utils.sampling.images import NOISE_VERSION
+from utils.sampling.settings import SamplingSettings
+
+
+@dataclass(frozen=True)
+class SampledCheckpoint:
+    """A checkpoint as it will be sampled from, before its networks are loaded."""
+
+    folder: Path
+    settings: SamplingSettings  # with the path of the run filled in
+    resolution: int  # side of the images in pixels
+    num_classes: int
+    weights: dict[str, str]  # sha256 of every file that is loaded, by its name in the folder
+
+    def identity(self, num_samples: int) -> dict[str, Any]:
+        """All that the first `num_samples` images depend on, for JSON."""
+        facts = {"num_samples": num_samples, "noise_version": NOISE_VERSION}
+        facts |= {"resolution": self.resolution, "num_classes": self.num_classes}
+        return self.settings.that_decide_pixels() | facts | {"weights": self.weights}
+
+
+def open_checkpoint(folder: Path, settings: SamplingSettings) -> SampledCheckpoint:
+    """Read the configs and hash the weights of a checkpoint. Raises `UserError` if it is not whole,
+    or cannot do what `settings` ask for."""
+    sit, vae = (read_record(folder / name / "config.json") for name in (SIT_EMA, VAE_FOLDER))
+    if sit is None or vae is None:
+        raise UserError(
+            f"--checkpoint {folder} has no {VAE_FOLDER if sit else SIT_EMA}/ with a config.json: "
+            f"name a folder with {SIT_EMA}/ and {VAE_FOLDER}/, like exps/NAME/checkpoints/0400000"
+        )
+    state = read_record(folder / STATE) or {}
+    files = [p for name in (SIT_EMA, VAE_FOLDER) for p in files_below(folder / name)]
+    weights = {str(p.relative_to(folder)): sha256_file(p) for p in files}
+    for name, digest in weights.items():
+        if state.get("files", {}).get(name, digest) != digest:
+            raise UserError(f"{folder / name} is not as it was saved: copy the checkpoint again")
+    if settings.cfg_scale != 1 and not sit["class_dropout_prob"]:
+        text = f"--cfg-scale {settings.cfg_scale}: this SiT was trained without a null label"
+        raise UserError(f"{text}; leave it 1")
+    with torch.device("meta"):
+        vae = build_vae(str(folder / VAE_FOLDER))
+    if vae.latent_channels != sit["in_channels"]:
+        raise UserError(
+            f"--checkpoint {folder}: {SIT_EMA}/ makes latents of {sit['in_channels']} channels, "
+            f"{VAE_FOLDER}/ decodes {vae.latent_channels}; put the VAE there that it was made for"
+        )
+    settings = replace(settings, path=settings.path or state.get("path") or PATHS[0])
+    resolution = sit["input_size"] * vae.downsample_factor
+    return SampledCheckpoint(folder, settings, resolution, sit["num_classes"], weights)
+
+
+def check_balance(settings: SamplingSettings, num_samples: int, num_classes: int) -> None:
+    """Raise `UserError` if classes shall be balanced and cannot be."""
+    if settings.class_balanced and num_samples % num_classes:
+        text = f"--num-samples {num_samples} does not split evenly over {num_classes} classes"
+        raise UserError(f"--class-balanced: {text}: give a multiple")
+
+
+def load_networks(
+    checkpoint: Path, settings: SamplingSettings, device: torch.device
+) -> tuple[SiT, VAE]:
+    """EMA SiT in the sampling precision, without its projectors, and the VAE in float32, both
+    frozen. Sets TF32 for the process, as `settings` say."""
+    allow_tf32(settings.tf32)
+    sit = load_sit(checkpoint / SIT_EMA)
+    sit.projectors = torch.nn.ModuleList()
+    if settings.precision != "fp32":
+        for module in sit.modules():  # the big weights once, not at every call; norms stay float32
+            if isinstance(module, torch.nn.Linear):
+                module.to(DTYPES[settings.precision])
+    sit = sit.to(device).eval().requires_grad_(False)
+    if settings.compile:
+        sit.compile(dynamic=False)  # few batch sizes: see `split_evenly`, and twice under guidance
+    return sit, load_vae(str(checkpoint / VAE_FOLDER)).to(device).eval().requires_grad_(False)

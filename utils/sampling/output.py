@@ -1,0 +1,124 @@
+"""Samples on disk: blocks of images while they are made, then one .npz and what lies beside it.
+
+    NAME.npz          `arr_0`, (N, H, W, 3) uint8: what FID suites read
+    NAME.json         every setting, their hash, where and how fast the images were made
+    NAME.labels.npy   (N,) int64
+    NAME.png          the first images
+    NAME.shards/      finished blocks (utils/data/sharded.py), until NAME.json is written
+
+A block has a fixed size, whatever the number of ranks and the batch size: a killed command can be
+continued with others. With the same batch size, the bytes do not depend on kills and ranks, since a
+batch always holds the same images. With another batch size some pixels differ by one grey level:
+sums of floating-point numbers are rounded in another order (in bfloat16 more of them do).
+"""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from models.errors import UserError
+from utils.data.images import save_grid
+from utils.data.sharded import PLAN, ShardedFolder, plan_differences
+from utils.files import read_record, write_atomically, write_json
+from utils.provenance import versions
+from utils.sampling.images import draw_labels
+from utils.sampling.load import SampledCheckpoint
+from utils.sampling.settings import BLOCK
+
+KEY = "settings_sha256"  # the name of the hash of the settings in NAME.json
+PREVIEW_IMAGES, PREVIEW_COLUMNS = 64, 8
+
+
+class SampleFiles:
+    """The files of one command: `num_samples` images of a checkpoint, and their blocks."""
+
+    def __init__(self, out: Path, checkpoint: SampledCheckpoint, num_samples: int):
+        self.out, self.checkpoint, self.num_samples = out, checkpoint, num_samples
+        self.record_file = out.with_suffix(".json")
+        self.settings = checkpoint.identity(num_samples)
+        self.shape = (checkpoint.resolution, checkpoint.resolution, 3)
+        self.blocks = ShardedFolder(
+            out.with_suffix(".shards"),
+            plan=_with_short_hash(self.settings) | {"block": BLOCK},
+            num_items=num_samples,
+            shard_size=BLOCK,
+            rows={"images": (self.shape, np.uint8)},
+        )
+
+    def is_done(self) -> bool:
+        """Whether --out holds these very samples. `UserError` if it holds others, or nobody knows
+        which."""
+        if not self.out.exists():
+            return False
+        record = read_record(self.record_file)
+        if record is None and read_record(self.blocks.folder / PLAN) == self.blocks.plan:
+            return False  # killed between the .npz and its record
+        if record is not None and record.get(KEY) == hash_settings(self.settings):
+            return True
+        old, found = (record or {}).get("settings"), "which ones, no readable record says"
+        if isinstance(old, dict):
+            changes = plan_differences(_with_short_hash(old), _with_short_hash(self.settings))
+            found = ", ".join(changes) or "its hash does not fit them"
+        text = f"--out {self.out} exists, of other settings ({found})"
+        raise UserError(f"{text}: choose another, or delete it")
+
+    def begin(self) -> list[int]:
+        """Make the folder of blocks, or continue it: the blocks still to be made. `UserError` if
+        it belongs to other settings."""
+        try:
+            self.blocks.begin()
+        except UserError as error:
+            raise UserError(f"{error} (choose another --out, or delete that folder)") from None
+        return self.blocks.unfinished()
+
+    def write(self, block: int, images: torch.Tensor) -> None:
+        """All images of a block, (n, 3, H, W) uint8; a kill leaves the whole block or none."""
+        self.blocks.draft(block)["images"][:] = images.permute(0, 2, 3, 1).numpy()
+        self.blocks.seal(block, {"images": len(images)})
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Join the blocks into the .npz and write what goes beside it, the record last; then drop
+        the blocks. `facts` go into the record."""
+        self.record_file.unlink(missing_ok=True)  # of an .npz that was deleted
+        write_atomically(self.out, self._write_npz)
+        settings = self.checkpoint.settings
+        y = draw_labels(settings, range(self.num_samples), self.checkpoint.num_classes)
+        np.save(self.out.with_suffix(".labels.npy"), y.numpy())
+        blocks = range(min(self.blocks.num_shards, -(-PREVIEW_IMAGES // BLOCK)))
+        first = np.concatenate([self.blocks.read(k, "images") for k in blocks])[:PREVIEW_IMAGES]
+        scale = max(1, 64 // self.checkpoint.resolution)
+        grid = torch.from_numpy(first).permute(0, 3, 1, 2)
+        save_grid(self.out.with_suffix(".png"), grid, PREVIEW_COLUMNS, scale)
+        known = {"settings": self.settings, KEY: hash_settings(self.settings)}
+        known |= {"checkpoint": str(self.checkpoint.folder)}
+        known |= {"checkpoint_sha256": hash_settings(self.settings["weights"])}
+        batches = {name: getattr(settings, name) for name in ("batch_size", "decode_batch_size")}
+        write_json(self.record_file, known | {"versions": versions()} | batches | facts)
+        self.blocks.remove()
+
+    def _write_npz(self, disk: BinaryIO) -> None:
+        """Stream all blocks into one uncompressed .npz: memory holds one of them at a time. The zip
+        entry has a fixed date, so that equal images make equal files."""
+        shape = (self.num_samples, *self.shape)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        entry = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))
+        archive = zipfile.ZipFile(disk, "w")
+        with archive, archive.open(entry, "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in range(self.blocks.num_shards):
+                file.write(np.ascontiguousarray(self.blocks.read(block, "images")).data)
+
+
+def hash_settings(settings: dict) -> str:
+    """sha256 of all settings, whatever their order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _with_short_hash(settings: dict) -> dict:
+    """The settings with one hash of all weights in place of one for each file."""
+    return settings | {"weights": hash_settings(settings.get("weights"))}

@@ -1,0 +1,15 @@
+"""What surrounds the training step of train_repae.py.
+
+networks.py           the record of all networks; how they are built, loaded, made ready to train
+trained_network.py    one network with its optimizer, gradient synchronisation and loss scale
+batch.py              the images of one step; micro-batches; from the loader to the device
+draws.py              the random numbers of one step
+ema.py                moving average of the SiT
+metric_averages.py    loss terms averaged over micro-batches
+tracking.py           metrics.jsonl, trackers, progress bar; a loss that is not finite ends the run
+periodic.py           what happens between steps: log line, checkpoint, preview, evaluation
+preview.py            pictures of samples and reconstructions
+online_evaluation.py  small evaluations of the EMA weights
+plan.py               what --dry-run prints
+cost.py               memory of a step, measured on fake tensors
+"""

@@ -1,0 +1,270 @@
+"""The networks of a run: one record, and how it is built, loaded and made ready to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn as nn
+
+from loss.gan import LeCam
+from models.discriminator import PatchGAN
+from models.encoders import Encoder, load_encoder
+from models.errors import UserError
+from models.lpips import load_lpips
+from models.sit import SiT
+from models.vae import VAE, build_vae, load_vae
+from models.weights import load_strictly, read_state
+from utils import checkpoint as ckpt
+from utils.config.schema import Config
+from utils.data.base import Source
+from utils.data.latent_stats import measure_latents
+from utils.data.latents import LatentCache
+from utils.distributed import Ranks
+from utils.precision import autocast
+from utils.random import generator
+from utils.training.ema import EmaUpdate, make_ema
+from utils.training.trained_network import TrainedNetwork
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from lpips import LPIPS
+
+
+@dataclass
+class Networks:
+    """All networks of a run, raw. `trained` holds what trains the ones that train, by the names
+    vae, sit, disc; `update_ema` moves `ema` towards `sit`."""
+
+    vae: VAE
+    sit: SiT
+    disc: PatchGAN | None = None
+    encoders: list[Encoder] = field(default_factory=list)
+    lpips: LPIPS | None = None
+    lecam: LeCam | None = None
+    ema: SiT | None = None
+    update_ema: EmaUpdate | None = None
+    trained: dict[str, TrainedNetwork] = field(default_factory=dict)
+    precision: str = "fp32"
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, for forwards only."""
+        return autocast(self.sit.device, self.precision)
+
+
+def build_networks(
+    config: Config,
+    source: Source,
+    accelerator: Accelerator,
+    checkpoint: Path | None = None,
+    cache: LatentCache | None = None,
+) -> tuple[Networks, dict | None]:
+    """Networks at their start, or as `checkpoint` holds them, ready to train; and of a run that
+    starts without a checkpoint the latent statistics it starts with (`initial_latent_stats`).
+
+    `run.init_from` gives a new run the weights of a checkpoint, but neither its step nor its
+    optimizers. `cache`: the cached latents that the run reads instead of running the VAE.
+    """
+    c, device = config, accelerator.device
+    origin = checkpoint or (Path(c.run.init_from) if c.run.init_from else None)
+    # the main process downloads, the others read its cache
+    vae, encoders, lpips = Ranks().main_first(lambda: load_pretrained(c, origin))
+    vae = vae.to(device)
+    if cache:
+        cache.check_vae(vae, str(origin / ckpt.VAE_FOLDER) if origin else c.vae.name)
+    disc = _seeded(c, "disc", lambda: build_disc(c)).to(device) if c.uses_disc else None
+    dims = tuple(encoder.embed_dim for encoder in encoders)
+    if c.uses_encoder and c.encoder.cached:
+        dims = cache.encoder_dims()
+    sit = load_or_initialize_sit(c, vae, source.num_classes, dims, device, origin)
+    stats = None
+    if origin is None:
+        stats = initial_latent_stats(c, vae, source, cache)
+        sit.bn.set_stats(torch.tensor(stats["mean"]), torch.tensor(stats["std"]))
+    elif disc and not ckpt.load_discriminator_weights(disc, origin) and checkpoint:
+        raise UserError(f"{origin} has no discriminator: set loss.reg.gan=0, or a new run.name")
+    nets = Networks(vae, sit, disc, encoders=[encoder.to(device) for encoder in encoders])
+    nets.lpips = lpips.to(device) if lpips else None
+    nets.lecam = LeCam().to(device) if disc and c.loss.reg.lecam else None
+    nets.precision = c.run.precision
+    prepare_for_training(nets, c, accelerator)
+    if origin is None:
+        nets.ema = make_ema(sit)
+    else:
+        about = (c, vae, source.num_classes, dims, device)
+        nets.ema = load_or_initialize_sit(*about, origin, ckpt.SIT_EMA).eval().requires_grad_(False)
+    nets.update_ema = EmaUpdate(nets.ema, sit)
+    if checkpoint is not None:
+        ckpt.restore_training_state(nets, checkpoint)
+    return nets, stats
+
+
+def load_pretrained(c: Config, origin: Path | None) -> tuple[VAE, list[Encoder], LPIPS | None]:
+    """VAE, encoders and LPIPS, on the CPU; the VAE is that of `origin`, if there is one."""
+
+    def vae() -> VAE:
+        return (
+            load_vae(str(origin / ckpt.VAE_FOLDER))
+            if origin
+            else load_vae(c.vae.name, c.vae.weights)
+        )
+
+    lpips = load_lpips(c.loss.reg.lpips_weights) if c.vae.train and c.loss.reg.lpips else None
+    return _seeded(c, "vae", vae), _seeded(c, "encoders", lambda: load_encoders(c)), lpips
+
+
+def load_encoders(c: Config) -> list[Encoder]:
+    """The frozen encoders of the alignment loss; none where nothing is aligned or all is cached."""
+    if not c.uses_encoder or c.encoder.cached:
+        return []
+    files = c.encoder.weights or [None] * len(c.encoder.names)
+    pairs = zip(c.encoder.names, files)
+    return [load_encoder(name, file, c.data.resolution, c.encoder_grid) for name, file in pairs]
+
+
+def build_disc(c: Config) -> PatchGAN:
+    """The discriminator, with the weights of its file if one is given."""
+    disc = PatchGAN(c.disc.layers, c.disc.channels, c.disc.norm)
+    disc.check_resolution(c.data.resolution)
+    if c.disc.weights:
+        path = Path(c.disc.weights)
+        if not path.is_file():
+            raise UserError(f"disc.weights={path}: no such file")
+        load_strictly(disc, read_state(path), path, "the discriminator of this config")
+    return disc
+
+
+def build_sit(c: Config, vae: VAE, num_classes: int, encoder_dims: tuple[int, ...]) -> SiT:
+    """A SiT that fits the latents of `vae`; `UserError` where shapes do not meet."""
+    channels, height, _ = vae.latent_shape(c.data.resolution)
+    shape = c.sit_shape()
+    if height % shape["patch_size"]:
+        raise UserError(
+            f"patch size {shape['patch_size']} does not divide the {height}x{height} latents of "
+            f"{c.vae.name} at {c.data.resolution} px: choose another sit.size or sit.patch_size"
+        )
+    grid = height // shape["patch_size"]
+    if encoder_dims and c.encoder_grid != grid:
+        raise UserError(
+            f"the SiT has {grid}x{grid} tokens, the encoder {c.encoder_grid}x{c.encoder_grid}: "
+            f"choose another sit.size, or set encoder.grid={grid}"
+        )
+    return SiT(
+        input_size=height,
+        in_channels=channels,
+        num_classes=num_classes,
+        class_dropout_prob=c.sit.class_dropout_prob,
+        encoder_dims=encoder_dims,
+        align_depth=c.loss.align.depth,
+        projector=c.sit.projector,
+        projector_dim=c.sit.projector_dim,
+        qk_norm=c.sit.qk_norm,
+        latent_norm="batch" if c.latent_norm.enabled and c.vae.train else "fixed",
+        **shape,
+    )
+
+
+def load_or_initialize_sit(
+    c: Config,
+    vae: VAE,
+    num_classes: int,
+    dims: tuple[int, ...],
+    device: torch.device,
+    origin: Path | None,
+    name: str = ckpt.SIT,
+) -> SiT:
+    """The SiT of this config on `device`: random, or with the weights `name` (SIT or SIT_EMA) of
+    `origin`, which are then the only ones in memory."""
+    if origin is None:
+        return _seeded(c, "sit", lambda: build_sit(c, vae, num_classes, dims)).to(device)
+    with torch.device("meta"):
+        sit = build_sit(c, vae, num_classes, dims)
+    # memory of its own: tensors taken from the file as they are would be mapped, and not aligned
+    sit.to_empty(device=device)
+    ckpt.load_sit_weights(sit, origin, name)
+    return sit
+
+
+def skeleton(c: Config, num_classes: int) -> Networks:
+    """The networks of a run, without LPIPS, on the meta device: shapes without numbers.
+
+    Raises `UserError` where shapes do not meet. No weight file is looked for.
+    """
+    with torch.device("meta"):
+        vae = build_vae(c.vae.name)
+        names = c.encoder.names if c.uses_encoder else []
+        encoders = [load_encoder(n, "random", c.data.resolution, c.encoder_grid) for n in names]
+        sit = build_sit(c, vae, num_classes, tuple(e.embed_dim for e in encoders))
+        disc = build_disc(replace(c, disc=replace(c.disc, weights=None))) if c.uses_disc else None
+    nets = Networks(vae, sit, disc, [] if c.encoder.cached else encoders, ema=make_ema(sit))
+    nets.lecam = LeCam() if disc and c.loss.reg.lecam else None
+    # the loss scale of fp16 would be read back, which fake tensors refuse; sizes are those of bf16
+    nets.precision = "bf16" if c.run.precision == "fp16" else c.run.precision
+    return nets
+
+
+def count(net: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def initial_latent_stats(c: Config, vae: VAE, source: Source, cache: LatentCache | None) -> dict:
+    """{"origin", "mean", "std"}, per channel: those of the cache, those in the VAE's config, or
+    measured now on `latent_norm.stats_images` images; the latent norm starts with them."""
+    known = vae.latent_stats()
+    if cache:
+        origin, stats = f"cached latents {cache.folder}", cache.stats()
+    elif known:
+        origin, stats = f"config of the starting VAE {c.vae.name}", known
+    else:
+        num, ranks = min(c.latent_norm.stats_images, len(source)), Ranks()
+        origin = f"measured on {num} images of the data"
+        stats = measure_latents(vae, source, num, c.run.seed, ranks)
+    return {"origin": origin} | dict(zip(("mean", "std"), (v.tolist() for v in stats)))
+
+
+def prepare_for_training(nets: Networks, c: Config, accelerator: Accelerator) -> None:
+    """Memory format, checkpointing, compilation, and a `TrainedNetwork` for each that trains."""
+    if c.run.channels_last:
+        for net in filter(None, (nets.vae, nets.disc, nets.lpips)):
+            _to_channels_last(net)
+    if c.run.gradient_checkpointing:
+        nets.sit.enable_gradient_checkpointing()
+        nets.vae.enable_gradient_checkpointing()
+    if c.run.compile:
+        for net in filter(None, (nets.vae, nets.sit, nets.disc)):
+            net.compile()
+        if not c.vae.train:  # a frozen VAE is called by its encoder alone
+            nets.vae.encode = torch.compile(nets.vae.encode)
+    nets.vae.eval()  # no dropout in it: train and eval mode are the same
+    trained = {"vae": (nets.vae, c.vae.optim)} if c.vae.train else {}
+    trained |= {"sit": (nets.sit, c.sit.optim)}
+    trained |= {"disc": (nets.disc, c.disc.optim)} if nets.disc else {}
+    for name, (net, optim) in trained.items():
+        nets.trained[name] = TrainedNetwork(net, optim, accelerator, c.run.precision)
+    if not c.vae.train:
+        nets.vae.requires_grad_(False)
+
+
+def _to_channels_last(net: nn.Module) -> None:
+    """Layer by layer: Qwen's VAE has 3-D convolutions too, which a blanket conversion refuses."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+
+
+def _seeded(c: Config, name: str, build: Callable):
+    """Random initial weights that depend on (seed, name) alone, not on what was built before."""
+    with _fork_seed(generator("init", c.run.seed, name).initial_seed()):
+        return build()
+
+
+@contextmanager
+def _fork_seed(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

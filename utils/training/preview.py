@@ -1,0 +1,79 @@
+"""Pictures during training: EMA samples from noises that never change, and reconstructions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from utils.config.schema import Config
+from utils.data.base import Source
+from utils.data.images import pm1_to_u8, save_grid, u8_to_pm1
+from utils.random import generator
+from utils.samplers import sample
+from utils.training.networks import Networks
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+COLUMNS = 8
+CHUNK = 16  # images sampled at a time
+
+
+class Previewer:
+    """Writes samples/STEP.png and samples/STEP-reconstructions.png on the main process."""
+
+    def __init__(self, config: Config, source: Source, accelerator: Accelerator):
+        self.config, self.source, self.device = config, source, accelerator.device
+        self.is_main = accelerator.is_main_process
+
+    def is_due(self, step: int, last: bool) -> bool:
+        """Every `preview.every` steps, and at the end; 0 = never."""
+        every = self.config.preview.every
+        return every > 0 and (last or step % every == 0)
+
+    def write(self, nets: Networks, step: int) -> None:
+        """Both pictures, after `step` steps."""
+        if not self.is_main:
+            return
+        folder = self.config.run_dir / "samples"
+        scale = max(1, 64 // self.config.data.resolution)
+        save_grid(folder / f"{step:07d}.png", self.draw_samples(nets), COLUMNS, scale)
+        pairs = self.reconstruct(nets)
+        save_grid(folder / f"{step:07d}-reconstructions.png", pairs, COLUMNS, scale)
+
+    @torch.no_grad()
+    def draw_samples(self, nets: Networks) -> torch.Tensor:
+        """(N, 3, H, W) uint8 of the EMA weights; the labels run through the classes in order."""
+        p, seed = self.config.preview, self.config.run.seed
+        shape = (p.num, *nets.vae.latent_shape(self.config.data.resolution))
+        noise = torch.randn(shape, generator=generator("preview", seed)).to(self.device)
+        y = torch.arange(p.num, device=self.device) % self.source.num_classes
+        images = []
+        for number, (chunk, labels) in enumerate(zip(noise.split(CHUNK), y.split(CHUNK))):
+            with nets.autocast():
+                z_n = sample(
+                    nets.ema,
+                    chunk,
+                    labels,
+                    solver=p.solver,
+                    steps=p.steps,
+                    cfg_scale=p.cfg_scale,
+                    path=self.config.loss.diffusion.path,
+                    generator=generator("preview sde", seed, number),
+                )
+                images.append(pm1_to_u8(nets.vae.decode(nets.ema.denormalize(z_n))))
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def reconstruct(self, nets: Networks) -> torch.Tensor:
+        """(4 * COLUMNS, 3, H, W) uint8: a row of images, one of their reconstructions; twice."""
+        total = len(self.source)
+        rows = []
+        for start in (0, COLUMNS):
+            indices = [(start + i) * total // (2 * COLUMNS) for i in range(COLUMNS)]
+            x_u8 = torch.stack([self.source[i][0] for i in indices]).to(self.device)
+            with nets.autocast():
+                x_hat = nets.vae.decode(nets.vae.encode(u8_to_pm1(x_u8)).mean)
+            rows += [x_u8, pm1_to_u8(x_hat)]
+        return torch.cat(rows)

@@ -1,0 +1,96 @@
+"""A network together with what trains it: gradient synchronisation, AdamW, loss scale, clipping.
+
+Automatic mixed precision in float16 needs a loss scale, and each network needs its own. With one
+for all, clipping one network would also un-scale the gradients of the others, and what these have
+gathered from earlier micro-batches would be lost.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+
+from utils.config.schema import OptimConfig
+
+
+class TrainedNetwork:
+    """`net` is the raw network: saved, sampled, called where it is not trained. `ddp` is the same
+    weights behind the wrapper that averages gradients over ranks: called where it is trained.
+    `lr` is the learning rate of the last update, 0 before the first. `net` must be on the
+    accelerator's device already.
+
+    The network is frozen except inside `only_training`.
+    """
+
+    def __init__(
+        self, net: nn.Module, optim: OptimConfig, accelerator: Accelerator, precision: str
+    ):
+        self.net, self.optim, self.accelerator = net, optim, accelerator
+        self.params = [p for p in net.parameters() if p.requires_grad]
+        self.opt = torch.optim.AdamW(
+            self.params,
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=accelerator.device.type in ("cuda", "cpu"),
+        )
+        self.lr = 0.0
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=precision == "fp16")
+        # Wrap first, freeze after: DDP never synchronises a parameter that was frozen when wrapped.
+        self.ddp = accelerator.prepare_model(net)
+        self.freeze()
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Exclude the parameters from gradients, or include them again."""
+        for p in self.params:
+            p.requires_grad_(not frozen)
+
+    def micro_batches(self, batches: Sequence) -> Iterator:
+        """Each micro-batch in turn; ranks exchange gradients only in the backward of the last."""
+        for number, batch in enumerate(batches, start=1):
+            last = number == len(batches)
+            with nullcontext() if last else self.accelerator.no_sync(self.ddp):
+                yield batch
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of one micro-batch, at the loss scale."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, step: int) -> torch.Tensor:
+        """Clip this network's gradients and update it as optimizer step `step` (0-based, for the
+        warm-up); return the norm of the gradients before clipping."""
+        self.scaler.unscale_(self.opt)
+        grads = [p.grad for p in self.params if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        if self.optim.clip > 0:
+            nn.utils.clip_grads_with_norm_(self.params, self.optim.clip, norm)
+        self.lr = self.optim.lr * min(1.0, (step + 1) / max(1, self.optim.warmup_steps))
+        for group in self.opt.param_groups:
+            group["lr"] = self.lr
+        self.scaler.step(self.opt)
+        self.scaler.update()
+        return norm
+
+    def state_dict(self) -> dict:
+        """Moments of AdamW and the loss scale."""
+        return {"opt": self.opt.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict()`; a run may continue in another precision."""
+        self.opt.load_state_dict(state["opt"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+@contextmanager
+def only_training(trained: TrainedNetwork) -> Iterator[None]:
+    """Thaw one network, with fresh gradients; they stay readable until its next phase."""
+    trained.opt.zero_grad(set_to_none=True)
+    trained.freeze(False)
+    try:
+        yield
+    finally:
+        trained.freeze()
