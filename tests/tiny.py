@@ -59,8 +59,13 @@ def batch(config: Config, step: int = 0) -> tuple[torch.Tensor, torch.Tensor, Dr
     x = u8_to_pm1(torch.stack([source[i][0] for i in indices]))
     y = torch.tensor([source[i][1] for i in indices])
     side = config.data.resolution // 2
-    draws = draw(
-        (config.run.batch_size, 4, side, side),
+    return x, y, draws_of(config, (config.run.batch_size, 4, side, side), step)
+
+
+def draws_of(config: Config, shape: tuple[int, ...], step: int = 0) -> Draws:
+    """The random numbers of one step of the run that `config` describes, on one rank."""
+    return draw(
+        shape,
         seed=config.run.seed,
         step=step,
         hflip=config.data.hflip,
@@ -68,7 +73,6 @@ def batch(config: Config, step: int = 0) -> tuple[torch.Tensor, torch.Tensor, Dr
         path=config.loss.diffusion.path,
         class_dropout_prob=config.sit.class_dropout_prob,
     )
-    return x, y, draws
 
 
 def grads(net: torch.nn.Module) -> dict[str, torch.Tensor]:

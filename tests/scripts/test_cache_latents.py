@@ -24,7 +24,7 @@ from models.encoders import encoder_shape, load_encoder
 from models.errors import UserError
 from models.vae import build_vae, load_vae
 from scripts import cache_latents
-from tests.tiny import ROOT, run_script, tiny_config, train_here
+from tests.tiny import ROOT, draws_of, run_script, tiny_config, train_here
 from utils import distributed
 from utils.data import latents
 from utils.data.base import Source
@@ -35,7 +35,7 @@ from utils.data.sampling import collate
 from utils.data.sharded import ShardedFolder
 from utils.data.training import join_cache
 from utils.training.batch import make_batch, to_device
-from utils.training.draws import Draws, draw
+from utils.training.draws import Draws
 from utils.training.networks import build_networks
 
 SCRIPT = "scripts/cache_latents.py"
@@ -102,18 +102,6 @@ def first_batch(examples: Source) -> tuple[torch.Tensor, torch.Tensor, list[torc
     return to_device(collate([examples[i] for i in range(8)]), torch.device("cpu"), False)
 
 
-def draws_of(config, step: int = 0) -> Draws:
-    return draw(
-        (8, 4, 8, 8),
-        seed=config.run.seed,
-        step=step,
-        hflip=config.data.hflip,
-        time=config.loss.diffusion.time,
-        path=config.loss.diffusion.path,
-        class_dropout_prob=config.sit.class_dropout_prob,
-    )
-
-
 def latents_of(nets, rows, draws: Draws, hflip: bool) -> torch.Tensor:
     """What the SiT phase of a step with a frozen VAE is given."""
     x, y, cached = rows
@@ -126,7 +114,7 @@ def one_step(config, images):
     examples = examples_of(config, images)
     cache = examples.cache if config.data.latents else None
     nets, _ = build_networks(config, examples, accelerator, cache=cache)
-    rows, draws = first_batch(examples), draws_of(config)
+    rows, draws = first_batch(examples), draws_of(config, (8, 4, 8, 8))
     z = latents_of(nets, rows, draws, config.data.hflip)
     x, y, cached = rows
     return train_repae.train_step(nets, x, y, draws, config, 0, cached), z, nets
@@ -146,7 +134,9 @@ def test_a_step_from_the_cache_is_the_step_through_the_vae(images, vae, cache, h
 def test_latents_are_drawn_anew_in_every_step(images, vae, cache):
     config = config_of(images, vae, cache)
     rows = first_batch(examples_of(config, images))
-    z = [latents_of(None, rows, draws_of(config, step), hflip=False) for step in (0, 1)]
+    z = [
+        latents_of(None, rows, draws_of(config, (8, 4, 8, 8), step), hflip=False) for step in (0, 1)
+    ]
     std = rows[2][0][:, 0, 1].float()
     assert ((z[0] - z[1]).abs() > 0.01 * std).float().mean() > 0.95
 
@@ -164,7 +154,7 @@ def test_neither_vae_nor_encoder_runs_nor_is_an_image_read(images, vae, cache, m
     nets, _ = build_networks(config, examples, accelerator, cache=examples.cache)
     monkeypatch.setattr(nets.vae, "encode", refuse)
     x, y, cached = first_batch(examples)
-    metrics = train_repae.train_step(nets, x, y, draws_of(config), config, 0, cached)
+    metrics = train_repae.train_step(nets, x, y, draws_of(config, (8, 4, 8, 8)), config, 0, cached)
     assert metrics["loss/sit/align"].isfinite() and x.numel() == 0
 
 

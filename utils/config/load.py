@@ -13,6 +13,8 @@ from models.errors import UserError
 from utils.config.schema import Config, all_settings
 from utils.config.validate import config_errors
 
+# The file in a run's folder that holds its settings.
+CONFIG_FILE = "config.yaml"
 # Settings that have another name now. `load_config` refuses them, but for the flag, which has
 # become a weight: false and true are read as 0 and 1.
 FLAG = "loss.diffusion.to_vae"

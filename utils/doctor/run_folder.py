@@ -12,7 +12,7 @@ from safetensors import safe_open
 from models.errors import UserError
 from models.weights import require_match
 from utils.checkpoint import SIT, STATE, VAE_FOLDER, WEIGHTS, Checkpoints
-from utils.config.load import flat, read_saved_config
+from utils.config.load import CONFIG_FILE, flat, read_saved_config
 from utils.config.schema import Config
 from utils.doctor.findings import Finding, check, fail, ok, warn
 from utils.files import files_below, format_bytes, free_disk
@@ -72,7 +72,7 @@ def require_fit(nets: Networks, start: Path) -> None:
 
 def changed_settings(c: Config) -> list[str]:
     """`key=old (now new)` for each setting that differs from config.yaml in the run's folder."""
-    path = c.run_dir / "config.yaml"
+    path = c.run_dir / CONFIG_FILE
     if not path.is_file():
         return []
     old, new = flat(asdict(read_saved_config(path))), flat(asdict(c))

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from models.errors import UserError
-from utils.config.load import flat, read_saved_config
+from utils.config.load import CONFIG_FILE, flat, read_saved_config
 from utils.config.schema import WITHOUT_EFFECT, Config
 from utils.evaluation.image_sets import sampling_settings
 from utils.evaluation.metrics import PAPER_SIZE
@@ -110,7 +110,7 @@ def sampling_differences(row: TableRow, config: Config, used: dict) -> Iterator[
 def training_differences(config: Config, checkpoint: Path) -> Iterator[str]:
     """Where the run's saved settings are not those of the row's config."""
     try:
-        saved = read_saved_config(ROOT / checkpoint.parents[1] / "config.yaml")
+        saved = read_saved_config(ROOT / checkpoint.parents[1] / CONFIG_FILE)
     except UserError:
         yield "training settings unknown"
         return

@@ -10,7 +10,7 @@ from string import Template
 from models.errors import UserError
 from models.vae import VAE
 from models.vae_families import VAES
-from utils.config import read_saved_config
+from utils.config.load import CONFIG_FILE, read_saved_config
 from utils.evaluation.report import scalars
 from utils.provenance import versions
 
@@ -108,7 +108,7 @@ def make_card(
 
 def read_run_settings(checkpoint: Path, state: dict) -> dict:
     """`SHOWN_SETTINGS` of the run that wrote `checkpoint`, by name; {} if no run of ours did."""
-    path = checkpoint.resolve().parent.parent / "config.yaml"
+    path = checkpoint.resolve().parent.parent / CONFIG_FILE
     if not state or state.get("imported") or not path.is_file():
         return {}
     try:

@@ -105,16 +105,10 @@ def build_networks(
 
 def load_pretrained(c: Config, origin: Path | None) -> tuple[VAE, list[Encoder], LPIPS | None]:
     """VAE, encoders and LPIPS, on the CPU; the VAE is that of `origin`, if there is one."""
-
-    def vae() -> VAE:
-        return (
-            load_vae(str(origin / ckpt.VAE_FOLDER))
-            if origin
-            else load_vae(c.vae.name, c.vae.weights)
-        )
-
     lpips = load_lpips(c.loss.reg.lpips_weights) if c.vae.train and c.loss.reg.lpips else None
-    return _seeded(c, "vae", vae), _seeded(c, "encoders", lambda: load_encoders(c)), lpips
+    spec = (str(origin / ckpt.VAE_FOLDER),) if origin else (c.vae.name, c.vae.weights)
+    vae = _seeded(c, "vae", lambda: load_vae(*spec))
+    return vae, _seeded(c, "encoders", lambda: load_encoders(c)), lpips
 
 
 def load_encoders(c: Config) -> list[Encoder]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from utils.config.load import flat, to_yaml
+from utils.config.load import CONFIG_FILE, flat, to_yaml
 from utils.config.schema import Config
 from utils.files import write_atomically, write_json
 from utils.training.networks import Networks
@@ -188,7 +188,7 @@ def training_status(nets: Networks, device: torch.device) -> dict[str, float]:
 def _record(config: Config, first: int) -> None:
     """Write config.yaml; one that differs is kept under the step it was good for."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    path, text = config.run_dir / "config.yaml", to_yaml(config)
+    path, text = config.run_dir / CONFIG_FILE, to_yaml(config)
     if path.is_file() and path.read_text() != text:
         old = path.rename(path.with_name(f"config.{first:07d}.yaml"))
         print(f"the config has changed: the old one is kept as {old.name}")
