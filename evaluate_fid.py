@@ -10,6 +10,7 @@ the numbers are named, and which are comparable to papers: utils/evaluation/repo
 """
 
 import argparse
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,34 +27,49 @@ DEFAULTS = Options()
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--out", help="write the record here as JSON")
-    add("--batch-size", type=int, default=DEFAULTS.batch_size, help="images per rank")
-    add("--dry-run", action="store_true", help="say what would be done; read nothing")
+    add("--out", type=cli.file_path, help="write the record here as JSON")
+    add("--batch-size", type=cli.positive, default=DEFAULTS.batch_size, help="images per rank")
+    add("--dry-run", action="store_true", help="say what would be done; reads headers alone")
     add("--metrics", help=f"some of {','.join(METRICS)}; with --vae of {','.join(VAE_METRICS)}")
 
     add = parser.add_argument_group("samples against a reference").add_argument
-    add("--samples", help=IMAGES)
-    add("--reference", help="the same, or an .npz with mu, sigma, mu_s, sigma_s")
+    add("--samples", type=cli.path, help=IMAGES)
+    add("--reference", type=cli.path, help="the same, or an .npz with mu, sigma, mu_s, sigma_s")
     add("--pr-mode", choices=PR_MODES, default=DEFAULTS.pr_mode, help="precision/recall distances")
-    add("--cache", default=DEFAULTS.cache, help="folder of reference statistics, or none")
+    cache_help = "folder of reference statistics, or none"
+    add("--cache", type=cli.path, default=DEFAULTS.cache, help=cache_help)
 
     add = parser.add_argument_group("a VAE's reconstructions").add_argument
-    add("--vae", help="short name, hub id, diffusers folder or .pt (models/vae_families.py)")
-    add("--vae-weights", default="hub", help="weights for a short name: hub, or a file or folder")
-    add("--data", help="images to reconstruct, named as for --samples, e.g. packed:DIR")
-    add("--resolution", type=int, default=256, help="pixels, for a --data that crops")
+    vae_help = "short name, hub id, diffusers folder or .pt (models/vae_families.py)"
+    add("--vae", type=cli.path, help=vae_help)
+    weights_help = "weights for a short name: hub, or a file or folder"
+    add("--vae-weights", type=cli.path, default="hub", help=weights_help)
+    data_help = "images to reconstruct, named as for --samples, e.g. packed:DIR"
+    add("--data", type=cli.path, help=data_help)
+    add("--resolution", type=cli.positive, default=256, help="pixels, for a --data that crops")
     add("--split", default="all", help="all, train or test; digits only")
-    add("--num", type=int, help="reconstruct that many images, evenly spaced, and not all")
+    num_help = "reconstruct that many images, evenly spaced, and not all"
+    add("--num", type=cli.positive, help=num_help)
     add("--posterior", choices=("mode", "sample"), default="mode", help="the latents to decode")
-    add("--seed", type=int, default=0, help="seed of --posterior sample")
-    add("--lpips-weights", help="torchvision's vgg16 file, for lpips")
+    add("--seed", type=cli.not_negative, default=0, help="seed of --posterior sample")
+    add("--lpips-weights", type=cli.path, help="torchvision's vgg16 file, for lpips")
 
     add = parser.add_argument_group("features").add_argument
     add("--features", default=DEFAULTS.features, help=asked.FEATURES)
-    add("--weights", help="weight file of inception or dinov2")
-    add("--weights-sha256", help="its sha256, if it is not the published file")
+    add("--weights", type=cli.path, help="weight file of inception or dinov2")
+    sha_help = "its sha256, if it is not the published file"
+    add("--weights-sha256", type=sha256, help=sha_help)
     add("--download", action="store_true", help="fetch published weights that are missing")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.given = [name for name, v in vars(args).items() if v != parser.get_default(name)]
+    return args
+
+
+def sha256(text: str) -> str:
+    """Type of an argument: a sha256, or its first 8 digits or more."""
+    if not 8 <= len(text) <= 64 or set(text.lower()) - set("0123456789abcdef"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 8 to 64 hexadecimal digits")
+    return text.lower()
 
 
 def read_options(args: argparse.Namespace) -> Options:
@@ -69,20 +85,31 @@ def read_options(args: argparse.Namespace) -> Options:
 
 def check_args(args: argparse.Namespace) -> None:
     """`UserError` for combinations that mean nothing."""
+    if args.metrics is not None and not args.metrics.strip():
+        raise UserError("--metrics '': expected names, or leave it out for the default ones")
     if bool(args.vae) == bool(args.samples):
         raise UserError("give either --samples FILE --reference FILE, or --vae SPEC --data SPEC")
     if args.vae and not args.data:
         raise UserError(f"--vae {args.vae} needs --data, the images to reconstruct: {IMAGES}")
+    of_vae = ("vae", "data", "num", "lpips_weights", "vae_weights", "resolution", "split")
+    other = ("samples", "reference", "pr_mode") if args.vae else (*of_vae, "posterior", "seed")
+    if mixed := [name for name in other if name in args.given]:
+        flag, mode = mixed[0].replace("_", "-"), "--vae" if args.vae else "--samples"
+        raise UserError(f"--{flag} does not go with {mode}: leave one of them out")
     select_metrics(VAE_METRICS if args.vae else METRICS, read_options(args).metrics)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: expected 1 or more")
-    record = args.samples and Path(args.samples).with_suffix(".json").resolve()
-    if args.out and Path(args.out).resolve() == record:
+    from_file = args.samples and Path(args.samples).name  # "." and "/" have no record beside them
+    record = Path(args.samples).with_suffix(".json") if from_file else None
+    if args.out and record and cli.same_place(args.out, record):
         raise UserError(f"--out {args.out} is the samples' own record; give another name")
+    inputs = (args.samples, args.reference, args.weights, args.vae, args.data, args.lpips_weights)
+    if args.out:
+        cli.check_output("--out", args.out, inputs=inputs)
+    if args.cache not in (DEFAULTS.cache, "none"):
+        cli.check_output_folder("--cache", Path(args.cache))
 
 
 def plan(args: argparse.Namespace) -> str:
-    """What a run would do. It is looked whether files exist, but none is opened."""
+    """What a run would do."""
     lines = [f"features   {args.features}"]
     lines.append(f"metrics    {args.metrics or 'all default ones that are defined'}")
     if args.vae:
@@ -100,11 +127,34 @@ def plan(args: argparse.Namespace) -> str:
     return "\n".join([*lines, f"batch size {args.batch_size} per rank; dry run: nothing done"])
 
 
+def check_there(args: argparse.Namespace, options: Options) -> None:
+    """`UserError` for images and statistics that are there and that the run would refuse; in a dry
+    run, those that are absent are still to come."""
+    given = (args.vae and args.data) or args.samples
+    there, known = (bool(spec and os.path.lexists(spec)) for spec in (given, args.reference))
+    if not there and not known:
+        return
+    from utils.evaluation.evaluate import check_sets, refuse_swapped
+    from utils.evaluation.image_sets import open_images, record_beside, subset
+    from utils.evaluation.reference import Reference
+
+    if there and known and not args.vae:
+        refuse_swapped(args.samples, args.reference)
+    images = subset(open_images(given, args.resolution, args.split), args.num) if there else None
+    target = Reference(args.reference, images.size[0] if images else 256) if known else None
+    if images and not args.vae:
+        record_beside(args.samples)
+        if known or args.reference is None:
+            family = asked.parse_features(args.features)[0]
+            check_sets(images, target, options.metrics, family)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     options = read_options(args)
     check_args(args)
     if args.dry_run:
+        check_there(args, options)
         print(plan(args))
         return
     # torch and diffusers take seconds, which --help and --dry-run need not wait for
@@ -121,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     record["ranks"] = ranks.world
     ranks.print(format_table(record))
     if args.out:
-        ranks.on_main(lambda: write_record(Path(args.out), record))
+        ranks.on_main(lambda: write_record(args.out, record))
 
 
 def run_vae(args: argparse.Namespace, options: Options, ranks) -> dict:
@@ -153,7 +203,11 @@ def progress_bars(ranks):
 
     def start(what: str):
         bar = tqdm(desc=what, unit=" images", disable=not ranks.is_main, leave=False)
-        return lambda done: bar.update(done - bar.n)
+
+        def show(done: int) -> None:
+            bar.update(done - bar.n)
+
+        return show
 
     return start
 

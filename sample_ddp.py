@@ -10,9 +10,7 @@ classes, and NAME.png with the first 64 images.
 """
 
 import argparse
-from pathlib import Path
 
-from models.errors import UserError
 from utils import cli
 from utils.sampling.settings import SamplingSettings
 
@@ -20,16 +18,13 @@ from utils.sampling.settings import SamplingSettings
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="folder with sit_ema/ and vae/")
-    add("--out", type=Path, required=True, help=".npz to write")
-    add("--num-samples", type=int, default=50_000, help="images 0, 1, ... of the seed")
+    add("--checkpoint", type=cli.file_path, required=True, help="folder with sit_ema/ and vae/")
+    add("--out", type=cli.file_path, required=True, help=".npz to write")
+    add("--num-samples", type=cli.positive, default=50_000, help="images 0, 1, ... of the seed")
     SamplingSettings.add_arguments(parser)
-    add("--dry-run", action="store_true", help="print the settings and exit")
+    add("--dry-run", action="store_true", help="check, print the settings, and exit")
     args = parser.parse_args(argv)
-    if args.num_samples < 1:
-        raise UserError(f"--num-samples {args.num_samples} must be at least 1")
-    if args.out.suffix != ".npz":
-        raise UserError(f"--out {args.out} must end in .npz")
+    cli.check_output("--out", args.out, ".npz")
     SamplingSettings.from_args(args)
     return args
 
@@ -60,6 +55,7 @@ def main() -> None:
         return
     load = partial(load_networks, args.checkpoint, files.checkpoint.settings, ranks.device)
     nets = ranks.main_first(load) if todo else None
+    ranks.on_main(files.begin)  # nothing is written before it is clear that the weights fit
     started = time.perf_counter()
     make_blocks(files, nets, todo, ranks)
     ranks.wait()
@@ -73,20 +69,26 @@ def prepare(args: argparse.Namespace) -> tuple[SampleFiles | None, list[int]]:
     checkpoint = open_checkpoint(args.checkpoint, SamplingSettings.from_args(args))
     check_balance(checkpoint.settings, args.num_samples, checkpoint.num_classes)
     files = SampleFiles(args.out, checkpoint, args.num_samples)
+    done = files.is_done()
+    todo = [] if done else files.check()
     if args.dry_run:
+        if todo:  # the weights fit
+            load_networks(args.checkpoint, checkpoint.settings, torch.device("cpu"))
         print(json.dumps(files.settings, indent=1))
         return None, []
-    if files.is_done():
+    if done:
         print(f"{args.out}: has these {args.num_samples} images already; nothing to do")
         files.blocks.remove()
         return None, []
-    return files, files.begin()
+    return files, todo
 
 
 def make_blocks(
     files: SampleFiles, nets: tuple[SiT, VAE] | None, todo: list[int], ranks: Ranks
 ) -> None:
     """Sample this rank's share of the blocks in `todo`."""
+    if nets is None:  # all blocks are there already
+        return
     left = count_images(files, todo)
     show = ranks.is_main and left > 0
     total = files.num_samples

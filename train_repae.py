@@ -11,12 +11,13 @@ v velocity, y label, feats encoder features (N, T, D_enc), h projected SiT token
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from utils import cli
+from utils.process.ending import say
+from utils.process.signals import Signals
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,7 +28,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    cli.answer_help(parse_args)  # before the imports below, which take seconds
+    cli.answer_help(parse_args, saves=True)  # before the imports below, which take seconds
 
 import torch
 from torch import Tensor
@@ -41,16 +42,19 @@ from utils import distributed
 from utils.checkpoint import Checkpoints, find_start
 from utils.config import Config, load_config
 from utils.config.schema import LossConfig, RegConfig, per_rank_batch
-from utils.data.training import join_cache, open_loader, open_training_data
+from utils.data.base import Source
+from utils.data.latents import CachedSource
+from utils.data.training import open_loader
+from utils.run_lock import RunLock
 from utils.training import tracking
-from utils.training.batch import Batch, make_batch, to_device
+from utils.training.batch import Batch, MetricAverages, make_batch, to_device
 from utils.training.draws import Draws, draw
 from utils.training.ema import ema_decay
-from utils.training.metric_averages import MetricAverages
-from utils.training.networks import Networks, build_networks
+from utils.training.networks import Networks, build_networks, restore_networks
+from utils.training.nonfinite import LeftOutSteps, NonFiniteError, spatial_variance
 from utils.training.online_evaluation import OnlineEvaluation
-from utils.training.periodic import PeriodicTasks
-from utils.training.plan import check_shapes, print_plan
+from utils.training.periodic import NotSavedError, PeriodicTasks, unfinished
+from utils.training.plan import Start, changes_since, open_checked, print_plan
 from utils.training.trained_network import only_training
 
 # --------------------------------------------------------------------------------------
@@ -97,7 +101,8 @@ def train_step(
     else:
         z = encode_frozen(nets, batches)
     metrics |= sit_phase(nets, batches, z.detach(), loss, joint_step)
-    nets.update_ema(ema_decay(joint_step, config.ema.decay, config.ema.warmup))
+    decay = ema_decay(joint_step, config.ema.decay, config.ema.warmup)
+    nets.update_ema(decay, nets.trained["sit"].left_out)
     return metrics
 
 
@@ -128,7 +133,8 @@ def vae_phase(
             trained.backward(averages.add_losses(terms))
             outputs.append((z.detach(), x_hat.detach()))  # the graph of this micro-batch is freed
     z, x_hat = (torch.cat(parts) for parts in zip(*outputs))
-    return z, x_hat, averages.metrics("vae") | {"grad_norm/vae": trained.step(step)}
+    metrics = averages.metrics("vae") | {"vae/latent_variance": spatial_variance(z)}
+    return z, x_hat, metrics | {"grad_norm/vae": trained.step(step)}
 
 
 def regularization_terms(
@@ -245,34 +251,68 @@ def main() -> int | None:
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         return print_plan(config)
-    accelerator = distributed.start(config.run_dir, config.run.trackers, config.run.tf32)
-    try:
-        train(config, accelerator)
-    except tracking.NonFiniteError as error:
-        if accelerator.is_main_process:
-            last = Checkpoints(config.run_dir).latest(report=lambda _: None)
-            print(f"stopped: {error}; last good checkpoint: {last or 'none'}", file=sys.stderr)
-        return 1
-    finally:
-        accelerator.end_training()
+    run, code = config.run, 0
+    with Signals() as signals, RunLock(config.run_dir) as lock:
+        accelerator = distributed.start(config.run_dir, run.trackers, run.tf32, run.rank_timeout)
+        try:
+            train(config, accelerator, signals, lock)
+        except (NonFiniteError, NotSavedError) as error:
+            if accelerator.is_main_process:
+                last = Checkpoints(config.run_dir).latest(report=lambda _: None)
+                say(f"stopped: {error}; last good checkpoint: {last or 'none'}")
+            code = 1
+        distributed.Ranks().wait()  # a group that ends under a rank ends it with an error
+        tracking.finish(accelerator)
+    return code
 
 
-def train(config: Config, accelerator: distributed.Accelerator) -> None:
-    """Train until `run.steps`, a signal, or a loss that is not finite."""
-    run, ranks = config.run, accelerator.num_processes
-    source = open_training_data(config)
-    check_shapes(config, source.num_classes, ranks)  # before anything is loaded
-    training_set = join_cache(config, source)
+def train(
+    config: Config, accelerator: distributed.Accelerator, signals: Signals, lock: RunLock
+) -> None:
+    """Make the networks and all that surrounds them, and train; `run.on_nonfinite=rollback` may
+    bring the run back to an earlier step."""
+    run = config.run
+    source, training_set = open_checked(config)  # before anything is loaded or written
+    distributed.Ranks().on_main(lock.acquire)
     checkpoints = Checkpoints(config.run_dir, run.keep_last, run.milestone_every)
+    left_out = distributed.Ranks().on_main(lambda: LeftOutSteps(config))
     checkpoint, first = find_start(run.resume, checkpoints)
-    if first >= run.steps:
+    start = Start(checkpoint, first, checkpoint)
+    # another run may have written here, and ended, between the checks and the lock
+    distributed.Ranks().on_main(lambda: changes_since(config, start, source))
+    if first >= run.steps and not unfinished(config, first):
         accelerator.print(f"step {first} of {run.steps} is done; raise run.steps to continue")
         return
     evaluation = OnlineEvaluation(config, source)
-    cache = training_set.cache if config.data.latents else None
+    cache = training_set.cache if isinstance(training_set, CachedSource) else None
     nets, latent_stats = build_networks(config, source, accelerator, checkpoint, cache)
-    tracker = tracking.start(config, accelerator, first, nets, latent_stats)
-    periodic = PeriodicTasks(config, source, accelerator, checkpoints, tracker, evaluation)
+    tracker = tracking.start(config, accelerator, first, nets, latent_stats, checkpoint, lock)
+    stop = distributed.StopSignal(signals)
+    periodic = PeriodicTasks(config, source, accelerator, checkpoints, tracker, evaluation, stop)
+    periodic.catch_up(nets, first)
+    while True:
+        try:
+            return run_steps(
+                config, accelerator, training_set, nets, periodic, left_out, stop, first
+            )
+        except NonFiniteError as error:
+            checkpoint, first = left_out.roll_back(error, checkpoints, (checkpoint, first))
+            restore_networks(nets, checkpoint)
+            tracker.restart(checkpoint, first)
+
+
+def run_steps(
+    config: Config,
+    accelerator: distributed.Accelerator,
+    training_set: Source,
+    nets: Networks,
+    periodic: PeriodicTasks,
+    left_out: LeftOutSteps,
+    stop: distributed.StopSignal,
+    first: int,
+) -> None:
+    """The steps from `first` on, until `run.steps`, a signal, or a loss that is not finite."""
+    run, tracker, ranks = config.run, periodic.tracker, accelerator.num_processes
     shape = (per_rank_batch(config, ranks), *nets.vae.latent_shape(config.data.resolution))
     draws = partial(
         draw,
@@ -285,21 +325,26 @@ def train(config: Config, accelerator: distributed.Accelerator) -> None:
         path=config.loss.diffusion.path,
         class_dropout_prob=config.sit.class_dropout_prob,
     )
-    stop = distributed.StopSignal(accelerator)
     bar = tracking.progress_bar(first, run.steps, accelerator)
-    loader = open_loader(config, training_set, accelerator, first)
+    loader = open_loader(config, training_set, accelerator, first, left_out.steps)
 
-    for step, batch in enumerate(tracker.timed(loader), start=first):
-        x, y, cached = to_device(batch, accelerator.device, run.channels_last)
-        tracker.add(train_step(nets, x, y, draws(step=step), config, step, cached), step)
+    for step, batch in left_out.batches(tracker.timed(loader), first, run.steps):
+        if batch is not None:
+            x, y, cached = to_device(batch, accelerator.device, run.channels_last)
+            tracker.add(train_step(nets, x, y, draws(step=step), config, step, cached), step)
         bar.update()
+        if loader.error:
+            stop.request()
         stopping = stop.agreed(step + 1)
-        last = stopping or step + 1 == run.steps
-        tracking.show(bar, periodic.run(nets, step + 1, last))
-        if stopping:
-            accelerator.print(f"\ntold to stop at step {step + 1}; run the same command to go on")
+        tracking.show(bar, periodic.run(nets, step + 1, step + 1 == run.steps, stopping))
+        if stopping or periodic.stopped:
+            saved = periodic.checkpoints.folder / f"{step + 1:07d}"
+            text = f"told to stop at step {step + 1}; saved {saved}; run the same command to go on"
+            accelerator.print(f"\n{text}")
             break
     bar.close()
+    if loader.error:
+        raise loader.error
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ class LeCam(nn.Module):
     The two averages, `real` and `fake`, are buffers, so that a checkpoint holds them.
     """
 
+    real: torch.Tensor
+    fake: torch.Tensor
+
     def __init__(self, decay: float = 0.999):
         super().__init__()
         self.decay = decay

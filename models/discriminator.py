@@ -45,11 +45,12 @@ class PatchGAN(nn.Module):
         """
         return tuple(self.main(x) for x in batches)
 
-    def check_resolution(self, resolution: int) -> None:
+    @staticmethod
+    def check_resolution(layers: int, resolution: int) -> None:
         """Raise `UserError` if images of `resolution` pixels leave no patch to judge."""
-        if resolution // 2**self.layers < 3:
+        if resolution >> layers < 3:
             raise UserError(
-                f"disc.layers={self.layers} leaves no patch of a {resolution} px image: lower it"
+                f"disc.layers={layers} leaves no patch of a {resolution} px image: lower it"
             )
 
 

@@ -8,19 +8,21 @@ The input size follows from the grid (patch 14 and a 16 x 16 grid: 224 px), so t
 those of the SiT.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.errors import UserError
-from models.weights import WeightFile, short
+from models.errors import UserError, same_letters
+from models.weights import FLOATS, WeightFile, is_plain, read_plain, require_finite, short
 
 # timm, which takes seconds to import, is imported in the functions that use it
 
@@ -77,6 +79,11 @@ def _ijepa_encoder(state: Mapping) -> Mapping:
     """The file holds encoder, target encoder, predictor and optimizer; REPA uses the encoder."""
     return {"encoder": state["encoder"]} if "encoder" in state else state
 
+
+# where timm and the authors keep the weights in a file, in the order in which they are taken
+STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
+# endings of the names of what is always a float
+FLOAT_NAMES = (".weight", ".bias", "_embed", "_token")
 
 # One line for each group of authors: what all their networks have in common.
 # Mean and std are those that the network was trained with, as timm states them (iREPA feeds
@@ -137,7 +144,11 @@ class Encoder(nn.Module):
     embed_dim: D, channels of a token. stage: index into timm's feature_info of what is used.
     """
 
-    def __init__(self, name: str, net: nn.Module, spec: EncoderSpec, grid: int):
+    net: Any  # timm's networks share an interface, but no class
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, net: Any, spec: EncoderSpec, grid: int):
         super().__init__()
         self.name, self.grid, self.norm = name, grid, spec.norm
         self.stage = _stage(net, spec)
@@ -190,16 +201,21 @@ def load_encoder(
     """
     grid, _ = encoder_shape(name, resolution, grid)
     spec = _spec(name)
-    if weights == "random":
+    file = encoder_weight_file(name, weights)
+    if file is None:
         return Encoder(name, _create(spec, grid), spec, grid)
-    path = encoder_weight_file(name, weights).fetch()
-    overlay = {"state_dict": _read_backbone(path, spec), "num_classes": 0, "label_offset": 0}
+    path = file.fetch()
+    state = _read_backbone(path, spec)
+    overlay = {"state_dict": state, "num_classes": 0, "label_offset": 0}
     try:
         # standard output is closed to timm: its DINOv3 reader prints a line per missing bias
         with redirect_stdout(None):
             net = _create(spec, grid, pretrained=True, pretrained_cfg_overlay=overlay)
-    except (RuntimeError, KeyError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # timm adapts what it is given, and fails wherever it cannot
         raise UserError(f"{path} does not fit {name}: {short(error)}") from error
+    _require_patches(state, net, path)
     del net.pretrained_cfg["state_dict"]  # a second copy of the weights
     return Encoder(name, net, spec, grid)
 
@@ -211,10 +227,9 @@ def encoder_weight_file(name: str, weights: str | Path | None = None) -> WeightF
         return None
     if weights is not None:
         return WeightFile(f"weights of {name}", path=Path(weights), setting="encoder.weights={}")
-    import timm
 
     spec = _spec(name)
-    cfg = timm.get_pretrained_cfg(spec.timm_name)
+    cfg = _published_config(spec.timm_name)
     if spec.url or not (cfg.hf_hub_id or cfg.url):
         raise UserError(
             f"timm publishes no weights of {name}: get them at {spec.url or 'their authors'}, then "
@@ -251,26 +266,43 @@ def encoder_shape(name: str, resolution: int = 256, grid: int | None = None) -> 
 def _spec(name: str) -> EncoderSpec:
     if name in ENCODERS:
         return ENCODERS[name]
+    if name.startswith("timm:"):
+        return _timm_spec(name)
+    near = same_letters(name, ENCODERS)
+    hint = f"nearest is {near}" if near else f"the names are {', '.join(ENCODERS)}"
+    raise UserError(f"unknown encoder {name}: {hint}; any timm network is timm:NAME")
+
+
+def _timm_spec(name: str) -> EncoderSpec:
+    """That of `timm:NAME` or `timm:NAME/STRIDE`."""
     import timm
 
-    known, prefix = list(ENCODERS), ""
-    if name.startswith("timm:"):
-        known, prefix = timm.list_models() + timm.list_pretrained(), "timm:"
-        timm_name, _, stride = name.removeprefix("timm:").partition("/")
-        if timm_name in known and (stride.isdecimal() or not stride):
-            cfg, stride = timm.get_pretrained_cfg(timm_name), int(stride) if stride else None
-            return EncoderSpec(timm_name, tuple(cfg.mean), tuple(cfg.std), stride=stride)
-    near = get_close_matches(name.removeprefix(prefix), known, n=1, cutoff=0)[0]
-    raise UserError(
-        f"unknown encoder {name}: nearest is {prefix}{near}; any timm network is timm:NAME"
+    timm_name, slash, stride = name.removeprefix("timm:").partition("/")
+    known = timm.list_models() + timm.list_pretrained()
+    if timm_name not in known:
+        near = get_close_matches(timm_name, known, n=1, cutoff=0.8)
+        hint = f"in spelling, nearest is timm:{near[0]}" if near else "see timm.list_models()"
+        raise UserError(f"unknown encoder {name}: {hint}")
+    if slash and not re.fullmatch("[0-9]{1,4}", stride):
+        raise UserError(f"encoder {name}: its stride is {stride!r}; write e.g. timm:{timm_name}/16")
+    cfg = _published_config(timm_name)
+    return EncoderSpec(
+        timm_name, tuple(cfg.mean), tuple(cfg.std), stride=int(stride) if stride else None
     )
 
 
-def _has_tokens(net: nn.Module) -> bool:
+def _published_config(timm_name: str) -> Any:
+    """What timm knows of the published weights of a network: address, mean, std, classifier."""
+    import timm
+
+    return timm.get_pretrained_cfg(timm_name)
+
+
+def _has_tokens(net: Any) -> bool:
     return hasattr(net, "num_prefix_tokens")
 
 
-def _stage(net: nn.Module, spec: EncoderSpec) -> int:
+def _stage(net: Any, spec: EncoderSpec) -> int:
     """Index into feature_info of the stage whose output is used."""
     strides = [info["reduction"] for info in net.feature_info]
     if spec.stride is None:
@@ -280,31 +312,64 @@ def _stage(net: nn.Module, spec: EncoderSpec) -> int:
     return len(strides) - 1 - strides[::-1].index(spec.stride)
 
 
-def _create(spec: EncoderSpec, grid: int, **kwargs) -> nn.Module:
+def _create(spec: EncoderSpec, grid: int, **kwargs) -> Any:
     """The timm network for `grid` tokens per side, without a classifier; `kwargs` go to timm."""
     import timm
 
     with torch.device("meta"):
-        probe = timm.create_model(spec.timm_name, num_classes=0, **spec.kwargs)
+        probe: Any = timm.create_model(spec.timm_name, num_classes=0, **spec.kwargs)
     side = grid * probe.feature_info[_stage(probe, spec)]["reduction"]
     size = {"img_size": side} if _has_tokens(probe) else {}
     return timm.create_model(spec.timm_name, num_classes=0, **size, **spec.kwargs, **kwargs)
 
 
 def _read_backbone(path: Path, spec: EncoderSpec) -> Mapping[str, Tensor]:
-    """State dict of a local file without its classifier head."""
-    import timm
-    from timm.models import load_state_dict
+    """State dict of a local file without its classifier head: tensors alone, finite floats."""
+    from timm.models import clean_state_dict
 
-    try:
-        state = load_state_dict(str(path))  # finds the weights in files of many forms
-        state = spec.convert_keys(state) if spec.convert_keys else state
-    except UserError:
-        raise
-    except Exception as error:  # a damaged or hostile file makes the unpickler raise anything
-        raise UserError(f"{path} is not a file of plain tensors: {short(error)}") from error
-    classifier = timm.get_pretrained_cfg(spec.timm_name).classifier or ()
+    content = read_plain(path)
+    content = content if isinstance(content, dict) else {}
+    found = next((content[key] for key in STATES if content.get(key)), content)
+    state: Mapping = clean_state_dict(_tensors_of(found))
+    if not state:
+        raise UserError(f"{path} holds no tensors with names: expected weights of {spec.timm_name}")
+    state = spec.convert_keys(state) if spec.convert_keys else state
+    _require_floats(state, path)
+    classifier = _published_config(spec.timm_name).classifier or ()
     layers = (classifier,) if isinstance(classifier, str) else classifier
     # `proj`, `visual.proj`: where CLIP and PE project into the space shared with text
     head = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     return {k: v for k, v in state.items() if k not in head | {"proj", "visual.proj"}}
+
+
+def _tensors_of(content: object) -> dict:
+    """The tensors of a dict, also of dicts in it (I-JEPA's file); nothing else of it."""
+    if not isinstance(content, dict):
+        return {}
+    kept = {str(k): _tensors_of(v) if isinstance(v, dict) else v for k, v in content.items()}
+    return {k: v for k, v in kept.items() if (v if isinstance(v, dict) else is_plain(v))}
+
+
+def _leaves(state: Mapping) -> Iterator[tuple[str, Tensor]]:
+    for name, value in state.items():
+        yield from _leaves(value) if isinstance(value, Mapping) else [(name, value)]
+
+
+def _require_floats(state: Mapping, path: Path) -> None:
+    """`UserError` unless all weights, also in nested dicts, are finite floats."""
+    for name, value in _leaves(state):
+        if name.endswith(FLOAT_NAMES) and value.dtype not in FLOATS:
+            raise UserError(f"weights of {path}: tensor {name} holds {value.dtype}, not floats")
+        require_finite({name: value}, path)
+
+
+def _require_patches(state: Mapping, net: Any, path: Path) -> None:
+    """`UserError` if the weights cut images into patches of another size than `net`: timm has
+    resampled their first convolution."""
+    first = getattr(getattr(net, "patch_embed", None), "proj", None)
+    if not isinstance(first, nn.Conv2d):
+        return
+    for _, value in _leaves(state):
+        if value.ndim == 4 and value.shape[1] == 3 and value.shape[2:] != first.weight.shape[2:]:
+            sizes = f"{tuple(value.shape[2:])}, this network's {tuple(first.weight.shape[2:])}"
+            raise UserError(f"{path} is of another network: its patches are {sizes}")

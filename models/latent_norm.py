@@ -16,11 +16,18 @@ class JointBatchNorm2d(nn.BatchNorm2d):
     State-dict keys are those of `BatchNorm2d`. One process runs torch's own kernel.
     """
 
+    # always there, as in every norm made with running statistics
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+    momentum: float
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) => (N, C, H, W), by batch moments in train mode, else by running ones."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
-        mean, var, count = joint_moments(x)
+        # torch types its decorator as if it returned another decorator
+        mean, var, count = joint_moments(x)  # pyright: ignore
         self._update_running(mean.detach(), var.detach() * count / (count - 1))
         x = (x - mean[:, None, None]) * (var[:, None, None] + self.eps).rsqrt()
         if self.affine:

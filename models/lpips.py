@@ -6,7 +6,7 @@ The linear heads (version 0.1) come with the package, the weights of VGG-16 from
 import warnings
 from typing import TYPE_CHECKING
 
-from models.weights import WeightFile, read_state, require_match
+from models.weights import WeightFile, read_state, require_finite, require_match
 
 if TYPE_CHECKING:  # takes seconds to import
     from lpips import LPIPS
@@ -31,6 +31,7 @@ def load_lpips(weights: str | None = None, download: bool = True) -> "LPIPS":
     net = build_lpips()
     vgg = {f"features.{name.split('.', 1)[1]}": p.data for name, p in net.net.named_parameters()}
     require_match(vgg, state, path, "torchvision's VGG-16")
+    require_finite(state, path)
     for name, value in vgg.items():
         value.copy_(state[name])
     return net

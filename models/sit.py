@@ -8,19 +8,29 @@ N batch, C latent channels, h w latent grid, p patch, T = (h/p)(w/p) tokens, D w
 x_t noised normalised latent, t time in [0, 1] (0 = data, 1 = noise), y label, v velocity.
 """
 
+import inspect
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 
-from models.errors import UserError
+from models.errors import UserError, shown
 from models.latent_norm import LatentNorm
 from models.projector import build_projector
-from models.weights import CONFIG, WEIGHTS, load_strictly, read_config, read_state
+from models.weights import (
+    CONFIG,
+    WEIGHTS,
+    arguments_for,
+    load_strictly,
+    read_config,
+    read_state,
+    short,
+)
 
 
 class PatchEmbed(nn.Module):
@@ -40,7 +50,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequencies: int = 256, max_period: float = 10000.0):
         super().__init__()
         self.frequencies, self.max_period = frequencies, max_period
-        self.mlp = nn.Sequential(
+        self.mlp: Any = nn.Sequential(
             nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
@@ -142,6 +152,9 @@ class SiT(ModelMixin, ConfigMixin):
     mode) or "fixed" (constants, for a frozen VAE). `class_dropout_prob=0` builds no null label.
     """
 
+    config: Any  # diffusers gives each argument of __init__ as an attribute
+    pos_embed: torch.Tensor  # (1, T, D)
+    _gradient_checkpointing_func: Any  # set by enable_gradient_checkpointing
     _supports_gradient_checkpointing = True
 
     @register_to_config
@@ -233,14 +246,15 @@ class SiT(ModelMixin, ConfigMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        patch = self.x_embedder.proj  # as a linear layer on the flattened patch
+        patch: Any = self.x_embedder.proj  # as a linear layer on the flattened patch
         nn.init.xavier_uniform_(patch.weight.flatten(1))
         nn.init.zeros_(patch.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        modulations = [block.adaLN_modulation[1] for block in self.blocks]
-        for layer in (*modulations, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+        parts = [m for m in self.modules() if isinstance(m, Block | FinalLayer)]
+        layers: list[Any] = [part.adaLN_modulation[1] for part in parts]
+        for layer in (*layers, self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -251,13 +265,36 @@ def load_sit(folder: Path) -> SiT:
     Each tensor is held in memory once. Raises `UserError` for a folder that is absent or damaged,
     and for missing, unexpected or misshapen tensors (`SiT.from_pretrained` would make them random).
     """
+    config = read_sit_config(folder)
+    try:
+        with torch.device("meta"):
+            sit = SiT(**config)
+    # sizes that do not go together, e.g. heads that do not divide the width
+    except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"config of {folder} describes no SiT ({short(error)})") from None
+    load_strictly(sit, read_state(folder / WEIGHTS), folder, "its config.json")
+    if (sit.bn.running_var < 0).any():
+        raise UserError(f"weights of {folder}: a variance in bn.running_var is negative")
+    return sit.eval()
+
+
+def read_sit_config(folder: Path) -> dict[str, Any]:
+    """The arguments of `SiT` in the config.json of a folder that `save_pretrained` wrote;
+    `UserError` if one is missing or of a wrong type or range."""
     config = read_config(folder / CONFIG)
     if config.get("_class_name") != "SiT":
-        raise UserError(f"{folder} holds a {config.get('_class_name')}, expected a SiT")
-    with torch.device("meta"):
-        sit = SiT.from_config(config)
-    load_strictly(sit, read_state(folder / WEIGHTS), folder, "its config.json")
-    return sit.eval()
+        raise UserError(f"{folder} holds a {shown(config.get('_class_name'))}, expected a SiT")
+    found = arguments_for(SiT, config, folder)
+    missing = sorted(inspect.signature(SiT).parameters.keys() - found.keys())
+    if missing:
+        raise UserError(f"config of {folder} does not say {', '.join(missing)}: copy it again")
+    if found["class_dropout_prob"] >= 1:
+        given = found["class_dropout_prob"]
+        raise UserError(f"config of {folder}: class_dropout_prob={given}, expected less than 1")
+    for name, known in {"projector": ("mlp", "conv"), "latent_norm": ("batch", "fixed")}.items():
+        if found[name] not in known:
+            raise UserError(f"config of {folder}: {name}={found[name]}, expected one of {known}")
+    return found
 
 
 def sincos_pos_embed(dim: int, grid: int) -> torch.Tensor:

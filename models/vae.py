@@ -8,32 +8,38 @@ normalises it.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.errors import UserError
+from models.errors import UserError, same_letters, shown, what_is
 from models.vae_families import FAMILIES, VAES, config_of
 from models.vae_keys import infer_config, is_compvis, to_diffusers
 from models.weights import (
     CONFIG,
     WEIGHTS,
     WeightFile,
+    arguments_for,
     load_strictly,
     read_config,
     read_state,
     require_match,
+    short,
 )
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+# what a VAE may be called => its short name: that name, and the name of its repository
+ALIASES = {row.repo.split("/")[-1]: name for name, row in VAES.items() if row.repo}
+ALIASES |= {name: name for name in VAES}
+QUOTE = "'"
 STATE_FILES = (".pt", ".ckpt", ".pth", ".safetensors")
 
 
@@ -44,7 +50,9 @@ class VAE(nn.Module):
     images are float32 also under autocast.
     """
 
-    def __init__(self, net: nn.Module):
+    net: Any  # one of diffusers' classes
+
+    def __init__(self, net: Any):
         super().__init__()
         self.net = net
         self.family = FAMILIES[type(net).__name__]
@@ -108,11 +116,18 @@ class VAE(nn.Module):
         """Write a folder that `from_pretrained` of the diffusers class reads, with per-channel
         statistics (C,) of the latents in its config if they are given."""
         self.net.save_pretrained(folder)
+        self.save_config(folder, latents_mean, latents_std)
+
+    def save_config(
+        self, folder, latents_mean: Tensor | None = None, latents_std: Tensor | None = None
+    ):
+        """What `save` writes, but for the weights."""
+        self.net.save_config(folder)
         if latents_mean is None or latents_std is None:
             return
         # edited on disk: register_to_config would make this run's statistics those of later saves
         path = Path(folder) / CONFIG
-        config = json.loads(path.read_text())
+        config = read_config(path)
         config["latents_mean"] = latents_mean.flatten().tolist()
         config["latents_std"] = latents_std.flatten().tolist()
         config |= self.family.saved_with_stats
@@ -139,12 +154,47 @@ def build_vae(spec: str) -> VAE:
 def vae_from_config(config: Mapping, origin) -> VAE:
     """Randomly initialised VAE of a diffusers config with `_class_name`; `origin` names the config
     in the `UserError` for a class that is no known VAE."""
-    class_name = config.get("_class_name")
-    if class_name not in FAMILIES:
-        raise UserError(f"{origin} is a {class_name}, not a VAE: expected {' or '.join(FAMILIES)}")
+    name = config.get("_class_name")
+    if not isinstance(name, str) or name not in FAMILIES:
+        known = " or ".join(FAMILIES)
+        raise UserError(f"{origin} is a {shown(name).strip(QUOTE)}, not a VAE: expected {known}")
     import diffusers
 
-    return VAE(getattr(diffusers, class_name).from_config(dict(config)))
+    network = getattr(diffusers, name)
+    return VAE(network.from_config(arguments_for(network, config, origin)))
+
+
+def checked_config(config: Mapping, origin) -> Mapping:
+    """The config of a file, if it describes a network that works; else `UserError`.
+
+    diffusers checks next to nothing: a VAE is tried, on the meta device.
+    """
+    try:
+        with torch.device("meta"):
+            vae = vae_from_config(config, origin)
+            side = 4 * vae.downsample_factor
+            moments = vae.family.encode(vae.net, torch.zeros(1, 3, side, side))
+            channels, *latent = vae.latent_shape(side)
+            found = tuple(vae.family.decode(vae.net, torch.zeros(1, channels, *latent)).shape)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a wrong setting happens to meet inside diffusers
+        raise UserError(f"config of {origin} describes no VAE ({short(error)})") from None
+    if (*moments.shape, *found) != (1, 2 * channels, *latent, 1, 3, side, side) or not channels:
+        raise UserError(
+            f"config of {origin}: images (1, 3, {side}, {side}) become latents "
+            f"{tuple(moments.shape)} and images {found}, expected (1, {2 * channels}, 4, 4) and "
+            "the shape of the images"
+        )
+    stats = [config.get(name) for name in ("latents_mean", "latents_std")]
+    if stats != [None, None]:
+        mean, std = (value or () for value in stats)
+        if not len(mean) == len(std) == channels or min(std) <= 0:
+            raise UserError(
+                f"config of {origin}: latents_mean and latents_std hold {len(mean)} and {len(std)} "
+                f"numbers, expected {channels} each, and positive deviations"
+            )
+    return config
 
 
 def load_vae(spec: str, weights: str | Path | None = "hub") -> VAE:
@@ -167,11 +217,14 @@ def load_vae(spec: str, weights: str | Path | None = "hub") -> VAE:
         load_strictly(vae.net, state, path, spec)
         return vae
     # not from_pretrained: it fills missing tensors with random numbers, and keeps half precision
-    vae = vae_from_config(read_config(path.with_name(CONFIG)), path.parent)
-    if weights != "hub" and spec in VAES:
-        with torch.device("meta"):
-            expected = build_vae(spec).net.state_dict()
-        require_match(expected, state, path, spec)
+    config = checked_config(read_config(path.with_name(CONFIG)), path.parent)
+    with torch.device("meta"):  # before memory is taken for what the config asks for
+        require_match(
+            vae_from_config(config, path).net.state_dict(), state, path, "its config.json"
+        )
+        if weights != "hub" and spec in VAES:
+            require_match(build_vae(spec).net.state_dict(), state, path, spec)
+    vae = vae_from_config(config, path.parent)
     load_strictly(vae.net, state, path, "its config.json")
     return vae
 
@@ -185,7 +238,7 @@ def vae_weight_file(spec: str, weights: str | Path | None = "hub") -> WeightFile
     if weights == "hub":
         return _file_of(spec)
     path = Path(weights)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _file_in(path)
     return WeightFile(f"weights of {spec}", path=path, setting="vae.weights={}")
 
@@ -193,17 +246,20 @@ def vae_weight_file(spec: str, weights: str | Path | None = "hub") -> WeightFile
 def _file_of(spec: str) -> WeightFile:
     """The weights that `spec` itself names: in the hub, in a local folder, or a file."""
     path = Path(spec)
+    if not spec.strip():  # as a path, this would be the current folder
+        raise UserError("the name of the VAE is empty: give a short name, file, folder or hub id")
     if spec in VAES:
         return _hub_file(VAES[spec].repo, VAES[spec].subfolder)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _file_in(path)
-    if path.exists():
-        return WeightFile(path.name, path=path)
+    if os.path.exists(path):
+        return WeightFile("a VAE's weights", path=path)
     if spec.count("/") == 1 and path.suffix not in STATE_FILES and not spec.startswith((".", "/")):
         return _hub_file(spec, "", "vae")
-    near = get_close_matches(spec, VAES, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the short names are {', '.join(VAES)}"
-    raise UserError(f"no VAE {spec}: not a short name, file, folder or hub id; {hint}")
+    near = same_letters(spec, ALIASES)
+    hint = f"did you mean {ALIASES[near]}?" if near else f"the short names are {', '.join(VAES)}"
+    why = "" if what_is(path) == "absent" else f" (it is {what_is(path)})"
+    raise UserError(f"no VAE {spec}{why}: not a short name, file, folder or hub id; {hint}")
 
 
 def _hub_file(repo: str, *subfolders: str) -> WeightFile:
@@ -215,7 +271,7 @@ def _hub_file(repo: str, *subfolders: str) -> WeightFile:
 def _file_in(folder: Path) -> WeightFile:
     """The weights of a diffusers folder, or of `vae/` in it."""
     for place in (folder, folder / "vae"):
-        if (place / CONFIG).is_file():
+        if os.path.isfile(place / CONFIG):
             return WeightFile(
                 WEIGHTS,
                 path=place / WEIGHTS,
@@ -232,11 +288,12 @@ def _config(spec: str) -> dict:
     file = _file_of(spec)
     if file.companions:
         path = file.path.with_name(CONFIG) if file.path else None
-        return read_config(replace(file, name=CONFIG, companions=(), path=path).fetch())
-    state = read_state(file.path)
+        path = replace(file, name=CONFIG, companions=(), path=path).fetch()
+        return dict(checked_config(read_config(path), path.parent))
+    state = read_state(file.fetch())
     if not is_compvis(state):
         raise UserError(
             f"{file} has no CompVis key names, so its architecture is unknown: give a short name "
             f"and vae.weights={file}, or a diffusers folder"
         )
-    return infer_config(to_diffusers(state), file)
+    return dict(checked_config(infer_config(to_diffusers(state), file), file))

@@ -14,10 +14,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 class VAEFamily(ABC):
@@ -35,11 +35,11 @@ class VAEFamily(ABC):
     unused_parameters: tuple[str, ...] = ()
 
     @abstractmethod
-    def encode(self, net: nn.Module, x: Tensor) -> Tensor:
+    def encode(self, net: Any, x: Tensor) -> Tensor:
         """Images => moments."""
 
     @abstractmethod
-    def decode(self, net: nn.Module, z: Tensor) -> Tensor:
+    def decode(self, net: Any, z: Tensor) -> Tensor:
         """Latents => images around [-1, 1], not clamped."""
 
     def latent_channels(self, config: Mapping) -> int:
@@ -57,11 +57,11 @@ class KLFamily(VAEFamily):
     # SDXL's pipeline multiplies by scaling_factor also where it knows the statistics
     saved_with_stats: ClassVar = {"scaling_factor": 1.0, "shift_factor": 0.0}
 
-    def encode(self, net: nn.Module, x: Tensor) -> Tensor:
+    def encode(self, net: Any, x: Tensor) -> Tensor:
         h = net.encoder(x)
         return net.quant_conv(h) if net.quant_conv is not None else h
 
-    def decode(self, net: nn.Module, z: Tensor) -> Tensor:
+    def decode(self, net: Any, z: Tensor) -> Tensor:
         return net.decoder(net.post_quant_conv(z) if net.post_quant_conv is not None else z)
 
 
@@ -74,10 +74,10 @@ class QwenFamily(VAEFamily):
     # the temporal resampling
     unused_parameters = ("time_conv",)
 
-    def encode(self, net: nn.Module, x: Tensor) -> Tensor:
+    def encode(self, net: Any, x: Tensor) -> Tensor:
         return net.quant_conv(net.encoder(x.unsqueeze(2))).squeeze(2)
 
-    def decode(self, net: nn.Module, z: Tensor) -> Tensor:
+    def decode(self, net: Any, z: Tensor) -> Tensor:
         # not the class's own decode: it clamps, which stops the gradient where a pixel saturates
         return net.decoder(net.post_quant_conv(z.unsqueeze(2))).squeeze(2)
 

@@ -53,10 +53,12 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not is_compvis(state):
         return {_rename(key, OLD_DIFFUSERS): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("loss.")}
-    levels = max(_count(state, r"encoder\.down\.(\d+)\."), _count(state, r"decoder\.up\.(\d+)\."))
+    levels = max(
+        _count(state, r"encoder\.down\.(\d{1,3})\."), _count(state, r"decoder\.up\.(\d{1,3})\.")
+    )
     converted = {}
     for key, value in state.items():
-        key = re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", key)
+        key = re.sub(r"\.up\.(\d{1,3})\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", key)
         key = _rename(key, COMPVIS)
         if ATTENTION_MATRIX.search(key) and value.ndim == 4:
             value = value[:, :, 0, 0]
@@ -83,9 +85,11 @@ def infer_config(state: Mapping[str, Tensor], origin) -> dict:
                 f"{origin} is no CompVis autoencoder: it has no {key} (a diffusers name); give a "
                 f"diffusers folder, or a short name with vae.weights={origin}"
             )
+        if axis >= state[key].ndim:
+            raise UserError(f"{origin}: {key} has the shape {tuple(state[key].shape)} of no VAE")
         return state[key].shape[axis]
 
-    levels = _count(state, r"encoder\.down_blocks\.(\d+)\.")
+    levels = _count(state, r"encoder\.down_blocks\.(\d{1,3})\.")
     attn = [f"encoder.down_blocks.{i}.attentions.0.to_q.weight" in state for i in range(levels)]
     conv = "encoder.down_blocks.{}.resnets.0.conv2.weight"
     channels = [size(conv.format(i), 0) for i in range(max(levels, 1))]
@@ -97,7 +101,7 @@ def infer_config(state: Mapping[str, Tensor], origin) -> dict:
         "block_out_channels": channels,
         "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attn],
         "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in attn[::-1]],
-        "layers_per_block": _count(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "layers_per_block": _count(state, r"encoder\.down_blocks\.0\.resnets\.(\d{1,3})\."),
         "latent_channels": latent_channels,
         "use_quant_conv": "quant_conv.weight" in state,
         "use_post_quant_conv": "post_quant_conv.weight" in state,

@@ -8,10 +8,11 @@ For example:
 """
 
 import hashlib
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import huggingface_hub
 import torch
@@ -20,11 +21,26 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.errors import UserError
+from models.errors import (
+    PICKLES,
+    SAFETENSORS,
+    Range,
+    RecordError,
+    UserError,
+    convert,
+    read_json,
+    what_is,
+)
 
 # what `save_pretrained` of diffusers writes into a folder
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# types in which weights are stored that are floats here
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# no number of a network's config is outside; numbers of layers are smaller
+SIZES = Range(at_least=0, at_most=2**20)
+LONGEST = 32  # list in such a config, but for statistics of channels
+LAYERS = ("depth", "layers_per_block", "num_res_blocks")
 
 
 @dataclass(frozen=True)
@@ -67,21 +83,26 @@ class WeightFile:
     def find(self) -> Path | None:
         """The copy on this machine; None if there is none yet. Downloads nothing.
 
-        Raises `UserError` if a file that the user has named does not exist.
+        Raises `UserError` if what the user has named does not exist, or is no file.
         """
         if self.path:
-            if not self.path.is_file():
+            if not os.path.isfile(self.path):
+                kind, place = what_is(self.path), self.setting.format(self.path)
                 remedy = f"; {self.remedy}" if self.remedy else ""
-                place = self.setting.format(self.path)
-                raise UserError(f"{place}: no such file; expected {self.name}{remedy}")
+                why = "no such file" if kind == "absent" else f"this is {kind}, not a weight file"
+                raise UserError(f"{place}: {why}; expected {self.name}{remedy}")
             return self.path
         if not self.repo:
             return self._in_torch_cache() if self._in_torch_cache().is_file() else None
         for subfolder in self.subfolders:
             names = self._names(subfolder)
-            copies = [huggingface_hub.try_to_load_from_cache(self.repo, name) for name in names]
-            if all(isinstance(copy, str) for copy in copies):
-                return Path(copies[0])
+            try:
+                copies = [huggingface_hub.try_to_load_from_cache(self.repo, n) for n in names]
+            except ValueError as error:
+                raise UserError(f"{self.repo} names no repository: {short(error)}") from None
+            first, *others = copies
+            if isinstance(first, str) and all(isinstance(copy, str) for copy in others):
+                return Path(first)
         return None
 
     def fetch(self, download: bool = True) -> Path:
@@ -109,8 +130,11 @@ class WeightFile:
 
         `otherwise`: what a user can do who means another file, with {} for the sha256 found.
         """
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
         if not found.startswith(self.sha256.lower()):
             other = f", or {otherwise.format(found)}" if otherwise else ""
             raise UserError(
@@ -160,6 +184,7 @@ class WeightFile:
             # writes elsewhere first, then renames
             torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.sha256 or None)
             return path
+        absent = None
         for subfolder in self.subfolders:
             names = self._names(subfolder)
             try:
@@ -167,50 +192,106 @@ class WeightFile:
                 return Path(copies[0])
             except RemoteEntryNotFoundError as error:
                 absent = error
+        assert absent is not None, self.subfolders
         raise absent
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """State dict of a .safetensors or a .pt / .ckpt / .pth file, on the CPU; runs no pickled code.
+def read_plain(path: Path) -> Any:
+    """What a file holds of tensors and plain values, on the CPU: a .safetensors, or a .pt / .pth /
+    .ckpt of PyTorch, told apart by their content. Runs no pickled code.
 
-    The tensors may stand bare in the file, or under "state_dict" or "model". Raises `UserError` for
-    a file that is damaged, absent, or holds anything else.
+    Raises `UserError`, which says what the file is, for one that is absent, damaged or another.
     """
+    kind = what_is(path)
     try:
-        if path.suffix == ".safetensors":
+        if kind == SAFETENSORS:
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if os.path.isfile(path):
+            with path.open("rb") as file:  # given a path, torch goes by the end of its name
+                return torch.load(file, map_location="cpu", weights_only=True)
+        reason = ""
     except Exception as error:  # a damaged or hostile file makes the unpickler raise anything
-        raise UserError(
-            f"{path} is not a file of plain tensors, and nothing else is ever unpickled "
-            f"({short(error)}); for a training checkpoint of the official code run "
-            "scripts/import_official.py"
-        ) from error
+        reason = f" ({short(error)})"
+    if kind == "absent":
+        raise UserError(f"{path}: no such file; correct the path, or copy the file there")
+    remedy = "name another file, or copy it again"
+    if kind in PICKLES:
+        remedy = "for a training checkpoint of the official code run scripts/import_official.py"
+    raise UserError(
+        f"{path} is not a file of plain tensors, and nothing else is ever unpickled: it is "
+        f"{kind}{reason}; {remedy}"
+    )
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """State dict of a weight file, see `read_plain`. The tensors may stand bare in the file, or
+    under "state_dict" or "model"; `UserError` for anything else."""
+    content = read_plain(path)
     content = content if isinstance(content, dict) else {}
     state = next((content[key] for key in ("state_dict", "model") if key in content), content)
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f'{path} is neither a state dict nor a dict with one under "state_dict"')
-    return state
+    if not isinstance(state, dict) or not state or not all(map(is_plain, state.values())):
+        raise UserError(
+            f'{path} is neither a state dict nor a dict with one under "state_dict": it holds '
+            f"{_first([*map(str, content)], 8) or 'no named tensors'}"
+        )
+    return {str(name): value for name, value in state.items()}
+
+
+def is_plain(value: object) -> bool:
+    """Whether this is a tensor with a stored number for each element: not sparse, not quantized,
+    not on the meta device. A few bytes can describe a tensor of any size, which would fill the
+    memory once copied."""
+    if not isinstance(value, Tensor):
+        return False
+    dense = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+    return dense and value.untyped_storage().nbytes() >= value.nbytes
 
 
 def read_config(path: Path) -> dict:
     """The config.json that lies beside a network's weights; `UserError` if it cannot be read."""
+    remedy = "copy or download its folder again"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({short(error)}): copy or download its folder again"
-        ) from error
+        config = read_json(path, remedy)
+    except UserError as error:
+        raise UserError(f"{path.name} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a {type(config).__name__}, expected an object; {remedy}")
+    return config
+
+
+def arguments_for(network: type, config: Mapping, origin) -> dict[str, Any]:
+    """The entries of a config.json that the class `network` takes, each as its `__init__` declares
+    it, every number in `SIZES`; `UserError` naming `origin` for one that is not."""
+    hints = get_type_hints(network.__init__)
+    taken = {name: value for name, value in config.items() if name in hints and name != "return"}
+    taken = {n: list(v) if isinstance(v, tuple) else v for n, v in taken.items()}
+    try:
+        return {name: _argument(name, value, hints[name]) for name, value in taken.items()}
+    except RecordError as error:
+        raise UserError(f"config of {origin}: {error}") from None
+
+
+def _argument(name: str, value: Any, kind: Any) -> Any:
+    if value is None and name.startswith(("latents_", "scaling_", "shift_")):
+        return None  # none, also where the class has one of its own
+    if isinstance(value, list) and len(value) > LONGEST and not name.startswith("latents_"):
+        raise RecordError(f"{name} is a list of {len(value)}, expected at most {LONGEST}")
+    allowed = Range(at_least=1, at_most=256) if name in LAYERS else SIZES
+    # statistics and the shift of latents are the only numbers that may be negative
+    signed = name.startswith(("latents_", "shift_"))
+    return convert(value, kind, name, Range() if signed else allowed)
 
 
 def load_strictly(net: nn.Module, state: Mapping[str, Tensor], origin, what: str) -> None:
-    """Copy `state` into `net`; `UserError` unless it has exactly the network's tensors and shapes.
+    """Copy `state` into `net`; `UserError` unless it has exactly the network's tensors and shapes,
+    and finite numbers.
 
     A network on the meta device takes the tensors themselves, cast to its own dtypes, in place of a
     copy. `origin` and `what` name the weights and the network in the message.
     """
     expected = net.state_dict()
     require_match(expected, state, origin, what)
+    require_finite(state, origin)
     on_meta = any(value.is_meta for value in expected.values())
     if on_meta:
         state = {name: value.to(expected[name].dtype) for name, value in state.items()}
@@ -218,21 +299,46 @@ def load_strictly(net: nn.Module, state: Mapping[str, Tensor], origin, what: str
 
 
 def require_match(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], origin, what: str):
-    """`UserError` unless both have the same keys and shapes; lists the first three of each kind."""
-    wrong = [k for k in expected if k in state and expected[k].shape != state[k].shape]
+    """`UserError` unless both have the same keys, shapes and kinds of numbers: a float is no whole
+    number, and eight bits make no float. Lists the first three of each kind of fault."""
+    both = [k for k in expected if k in state]
+    wrong = [k for k in both if expected[k].shape != state[k].shape]
     shapes = [f"{k} {tuple(state[k].shape)} for {tuple(expected[k].shape)}" for k in wrong]
+    other = [k for k in both if not _same_numbers(expected[k].dtype, state[k].dtype)]
     kinds = {
         "missing": [k for k in expected if k not in state],
         "unexpected": [k for k in state if k not in expected],
         "of another shape": shapes,
+        "of another type": [f"{k} {state[k].dtype} for {expected[k].dtype}" for k in other],
     }
-    found = [
-        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in kinds.items()
-        if keys
-    ]
+    found = [f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in kinds.items() if keys]
     if found:
         raise UserError(f"weights of {origin} do not fit {what}: tensors {'; '.join(found)}")
+
+
+def _first(keys: list[str], count: int = 3, length: int = 100) -> str:
+    """The first names of a list, each cut."""
+    shown = [key if len(key) <= length else f"{key[:length]}..." for key in keys[:count]]
+    return ", ".join(shown + ["..."] * (len(keys) > count))
+
+
+def _same_numbers(expected: torch.dtype, found: torch.dtype) -> bool:
+    if expected.is_floating_point:
+        return found in FLOATS
+    broader = found.is_floating_point or found.is_complex or found == torch.bool
+    return found == expected or not broader
+
+
+def require_finite(state: Mapping[str, Tensor], origin) -> None:
+    """`UserError` that names the first tensor with NaN or infinity, also once it is float32."""
+    for name, value in state.items():
+        # one pass without a copy; NaN goes through a minimum, too
+        if value.dtype in FLOATS and value.numel():
+            smallest, largest = (side.float() for side in value.aminmax())
+            if not (smallest.isfinite() and largest.isfinite()):
+                raise UserError(
+                    f"weights of {origin}: tensor {name} holds NaN or infinity; take another file"
+                )
 
 
 def short(error: Exception, length: int = 400) -> str:

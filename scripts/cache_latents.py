@@ -19,20 +19,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.errors import UserError
 from utils import cli
-from utils.data.registry import add_source_arguments, open_source_of
+from utils.data.registry import add_source_arguments, check_not_inside, open_source_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--vae", required=True, metavar="SPEC", help="as vae.name: short name, hub id, folder, .pt")
-    add("--vae-weights", default="hub", metavar="FILE", help="as vae.weights")
+    add("--vae", type=cli.path, required=True, metavar="SPEC", help="as vae.name: short name, "
+        "hub id, folder, .pt")  # fmt: skip
+    add("--vae-weights", type=cli.path, default="hub", metavar="FILE", help="as vae.weights")
     add_source_arguments(parser)
-    add("--out", type=Path, required=True, metavar="CACHE", help="folder to write")
+    add("--out", type=cli.file_path, required=True, metavar="CACHE", help="folder to write")
     add("--hflip", action="store_true", help="also the mirrored images, for data.hflip=true")
     add("--encoders", nargs="+", default=[], metavar="NAME", help="also cache their tokens")
-    add("--encoder-weights", nargs="+", default=[], metavar="FILE", help="a file for each encoder; "
-        "default: the published weights")  # fmt: skip
+    add("--encoder-weights", type=cli.path, nargs="+", default=[], metavar="FILE", help="a file "
+        "for each encoder; default: the published weights")  # fmt: skip
     add("--encoder-grid", type=cli.positive, metavar="N", help="tokens per side of the image; "
         "default: resolution / 16")  # fmt: skip
     add("--precision", choices=("bf16", "fp16", "fp32"), default="fp32", help="of the networks; "
@@ -40,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=cli.positive, default=32, help="images per rank and network call")
     add("--shard-size", type=cli.positive, default=4096, help="images; a kill costs each rank one "
         "shard at most")  # fmt: skip
-    add("--workers", type=int, default=8, help="loader processes per rank")
+    add("--workers", type=cli.not_negative, default=8, help="loader processes per rank")
     add("--dry-run", action="store_true", help="check, print the disk space needed, and stop")
     args = parser.parse_args(argv)
     given = len(args.encoder_weights)
@@ -55,8 +56,9 @@ if __name__ == "__main__":
 
 import torch
 
-from models.encoders import encoder_shape, load_encoder
-from models.vae import build_vae, load_vae
+from models.encoders import encoder_shape, encoder_weight_file, load_encoder
+from models.vae import build_vae, load_vae, vae_weight_file
+from utils.data.base import cautions, describe
 from utils.data.latents import CacheWriter, cache_rows, weights_id
 from utils.data.sharded import ShardedFolder
 from utils.distributed import Ranks
@@ -68,12 +70,16 @@ def main() -> None:
     args = parse_args()
     ranks = Ranks()
     allow_tf32(True)
+    check_not_inside(args.out, args.path)
+    cli.check_output_folder("--out", args.out)
     source = open_source_of(args)
     folder = cache_folder(args, len(source))
-    ranks.print(folder.describe())
+    for line in (describe(source), *cautions(source), folder.describe()):
+        ranks.print(line)
+    ranks.on_main(lambda: folder.check_plan(("copies", "latent_shape", "resolution", "precision")))
     ranks.on_main(lambda: check_disk(args.out, folder.bytes_to_write()))
     if args.dry_run:
-        return
+        return ranks.on_main(lambda: check_weights(args))
     vae, encoders = ranks.main_first(lambda: load(args, ranks.device))
     writer = CacheWriter(folder, source, vae, encoders, args.precision)
     with ExitStack() as stack:
@@ -99,6 +105,18 @@ def cache_folder(args: argparse.Namespace, num_images: int) -> ShardedFolder:
     plan |= {"resolution": args.resolution, "precision": args.precision}
     shards = {"num_items": num_images, "shard_size": args.shard_size}
     return ShardedFolder(args.out, plan=plan, rows=cache_rows(plan), **shards)
+
+
+def check_weights(args: argparse.Namespace) -> None:
+    """`UserError` if a weight file is not there or does not fit; those that would be downloaded are
+    not looked at."""
+    file = vae_weight_file(args.vae, args.vae_weights)
+    if file and file.find():
+        load_vae(args.vae, args.vae_weights)
+    for name, given in zip(args.encoders, args.encoder_weights):
+        file = encoder_weight_file(name, given)
+        if file and file.find():
+            load_encoder(name, given, args.resolution, args.encoder_grid)
 
 
 def load(args: argparse.Namespace, device: torch.device) -> tuple:

@@ -19,8 +19,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_config_arguments(parser)
     add = parser.add_argument
-    add("--processes", type=cli.positive, metavar="N", help="ranks; default: the visible GPUs")
-    add("--gpu-memory", type=float, metavar="GIB", help="of one GPU; default: what is free here")
+    ranks = cli.number(int, at_least=1, at_most=100_000)
+    add("--processes", type=ranks, metavar="N", help="ranks; default: the visible GPUs")
+    gib = cli.number(float, above=0, at_most=100_000)
+    add("--gpu-memory", type=gib, metavar="GIB", help="of one GPU; default: what is free here")
     return cli.parse_with_overrides(parser, argv)
 
 

@@ -11,27 +11,51 @@ VAE's last weights. `--data` measures them anew, with these very weights.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from models.errors import UserError
 from utils import cli
 from utils.data.registry import add_source_arguments, open_source_of
+
+HUB_ID = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     place = "exps/NAME/checkpoints/0400000, or a diffusers folder"
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help=place)
-    add("out", type=Path, metavar="OUT", help="folder to write; must not exist, or be empty")
+    add("checkpoint", type=cli.file_path, metavar="CHECKPOINT", help=place)
+    add(
+        "out",
+        type=cli.file_path,
+        metavar="OUT",
+        help="folder to write; must not exist, or be empty",
+    )
     add_source_arguments(parser, required=False)
     add("--num", type=cli.positive, default=4096, metavar="N", help="images for the statistics")
-    add("--seed", type=int, default=0, metavar="N", help="chooses the images")
-    add("--evaluation", type=Path, metavar="FILE", help="record of `evaluate_fid.py --vae --out`")
+    add(
+        "--seed",
+        type=cli.number(int, at_least=0),
+        default=0,
+        metavar="N",
+        help="chooses the images",
+    )
+    what = "record of `evaluate_fid.py --vae --out`"
+    add("--evaluation", type=cli.file_path, metavar="FILE", help=what)
     add("--push-to-hub", metavar="ID", help="also upload OUT to this repository of the hub")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.path and not args.data:
+        raise UserError(f"--path {args.path} needs --data, which says what is there")
+    for name in ("num", "seed", "resolution", "split"):
+        if not args.data and getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name} {getattr(args, name)} needs --data, which is to be measured")
+    if args.push_to_hub is not None and not HUB_ID.fullmatch(args.push_to_hub):
+        raise UserError(f"--push-to-hub {args.push_to_hub!r}: expected OWNER/NAME")
+    return args
 
 
 if __name__ == "__main__":

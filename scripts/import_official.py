@@ -28,13 +28,17 @@ from utils import cli
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CKPT", help="published .pt (or .safetensors)")
-    add("out", type=Path, metavar="OUT_DIR", help="checkpoint directory to write; must be new")
-    add("--vae", help="VAE of a checkpoint without one: .pt, folder, hub id or short name")
+    add("checkpoint", type=cli.file_path, metavar="CKPT", help="published .pt (or .safetensors)")
+    add("out", type=cli.file_path, metavar="OUT_DIR", help="checkpoint directory to write; new")
+    add(
+        "--vae",
+        type=cli.path,
+        help="VAE of a checkpoint without one: .pt, folder, hub id or short name",
+    )
     stats_help = "NAME-latents-stats.pt, where the weights hold no latent norm"
-    add("--stats", type=Path, metavar="FILE", help=stats_help)
+    add("--stats", type=cli.file_path, metavar="FILE", help=stats_help)
     add("--scaling-factor", type=float, metavar="X", help="instead of --stats: the latents' factor")
-    add("--discriminator", type=Path, metavar="FILE", help="NAME-discriminator-ckpt.pt")
+    add("--discriminator", type=cli.file_path, metavar="FILE", help="NAME-discriminator-ckpt.pt")
     add("--allow-learn-sigma", choices=("slice",), help="drop the variance half of the last layer")
     add("--num-heads", type=cli.positive, metavar="N", help="for widths that no published size has")
     time_help = "repa: t = 0 is data; sit: t = 1 is data, to be converted; auto: as the file looks"
@@ -42,8 +46,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.stats and args.scaling_factor is not None:
         raise UserError("--stats and --scaling-factor exclude each other: give one")
-    if args.scaling_factor is not None and not 0 < args.scaling_factor < float("inf"):
-        raise UserError(f"--scaling-factor {args.scaling_factor} must be a positive number")
+    if args.scaling_factor is not None and not 1e-6 <= args.scaling_factor <= 1e6:
+        given = args.scaling_factor
+        raise UserError(f"--scaling-factor {given} must be a positive number, 1e-6 to 1e6")
     return args
 
 

@@ -20,13 +20,21 @@ from utils.samplers import GUIDANCE_INTERVAL
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("assets/solvers.png"), help=".png to write")
-    add("--checkpoint", type=Path, help="folder with sit_ema/")
+    add("--out", type=cli.file_path, default=Path("assets/solvers.png"), help=".png to write")
+    add("--checkpoint", type=cli.file_path, help="folder with sit_ema/")
     add("--path", choices=PATHS, default=PATHS[0], help="interpolant of the checkpoint's run")
-    add("--cfg-scale", type=float, default=1.0, help="classifier-free guidance; 1 = none")
-    add("--guidance-high", type=float, default=GUIDANCE_INTERVAL[1], help="guide up to this t")
-    add("--num", type=cli.positive, default=16, help="latents of the checkpoint")
-    return parser.parse_args(argv)
+    scale, time = (
+        cli.number(float, at_least=0, at_most=1000),
+        cli.number(float, at_least=0, at_most=1),
+    )
+    add("--cfg-scale", type=scale, default=1.0, help="classifier-free guidance; 1 = none")
+    add("--guidance-high", type=time, default=GUIDANCE_INTERVAL[1], help="guide up to this t")
+    num = cli.number(int, at_least=1, at_most=10_000)
+    add("--num", type=num, default=16, help="latents of the checkpoint")
+    args = parser.parse_args(argv)
+    cli.check_output("--out", args.out, ".png", [args.checkpoint])
+    cli.check_input("--checkpoint", args.checkpoint, folder=True)
+    return args
 
 
 if __name__ == "__main__":

@@ -17,19 +17,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.errors import UserError
 from utils import cli
 from utils.data.registry import SOURCES
+
+MOST_WORKERS = 1024
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("src", type=Path, help="folder of the source images")
-    add("out", type=Path, help="folder to write; not inside SRC")
+    add("src", type=cli.file_path, help="folder of the source images")
+    add("out", type=cli.file_path, help="folder to write; not inside SRC")
     add("--resolution", type=cli.positive, default=256, help="side of the packed images, in pixels")
     add("--source", choices=SOURCES, default="folder", help="kind of SRC, as data.source")
-    add("--workers", type=int, default=os.cpu_count(), help="processes; 0 = pack in this one")
+    add("--workers", type=cli.number(int, at_least=0, at_most=MOST_WORKERS),
+        default=os.cpu_count(), help="processes; 0 = pack in this one")  # fmt: skip
     add("--shard-size", type=cli.positive, default=32768, help="images in a file")
     add("--dry-run", action="store_true", help="check, print the disk space needed, and stop")
     return parser.parse_args(argv)
@@ -38,17 +40,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     cli.answer_help(parse_args)  # before the imports below, which take seconds
 
+from utils.data.base import cautions, describe
 from utils.data.packed import finish_packing, pack, packed_folder
-from utils.data.registry import open_source
+from utils.data.registry import check_not_inside, open_source
 from utils.files import check_disk
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.out.resolve() == args.src.resolve() or args.src.resolve() in args.out.resolve().parents:
-        raise UserError(f"OUT {args.out} lies inside SRC {args.src}; choose another OUT")
+    check_not_inside(args.out, args.src)
+    cli.check_output_folder("OUT", args.out)
     print(f"listing {args.src} ...", flush=True)
     source = open_source(args.source, args.src, args.resolution)
+    for note in cautions(source):
+        print(f"note: {note}")
+    print(describe(source), flush=True)
     folder = packed_folder(args.out, source, args.source, args.shard_size)
     folder.check_plan()
     check_disk(args.out, folder.bytes_to_write())

@@ -14,8 +14,10 @@ from utils import cli
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run")
-    return parser.parse_args(argv)
+    parser.add_argument("--run", type=cli.file_path, required=True, help="folder of the run")
+    args = parser.parse_args(argv)
+    cli.check_input("--run", args.run, folder=True)
+    return args
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from utils import cli
 
+DEFAULT_RESULTS = ROOT / "exps"
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
@@ -30,19 +32,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--processes", type=cli.positive, default=8, help="GPUs, 8 as published")
     show = actions.add_parser("show", help="published numbers beside measured ones, as Markdown")
     show.add_argument("--table", help="one table only; default all")
-    show.add_argument("--out", type=Path, metavar="DIR", help="write DIR/tables.md")
-    results = {"type": Path, "default": ROOT / "exps", "metavar": "DIR"}
+    show.add_argument("--out", type=cli.file_path, metavar="DIR", help="write DIR/tables.md")
+    results = {"type": cli.file_path, "default": DEFAULT_RESULTS, "metavar": "DIR"}
     rows.add_argument("--results", **results, help="evaluation records")
     show.add_argument("--results", **results, help="evaluation records")
     add = actions.add_parser("digits", help="the paper's phenomenon on 2 CPU cores").add_argument
-    add(
-        "--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="one run per arm and seed"
-    )
+    seeds = {"type": cli.not_negative, "nargs": "+", "default": [0, 1], "metavar": "N"}
+    add("--seeds", **seeds, help="one run per arm and seed")
     add("--jobs", type=cli.positive, default=2, help="runs at a time, which share the cores")
     add("--dry-run", action="store_true", help="print the commands, and stop")
-    add("--measure", type=Path, metavar="DIR", help="only measure this run's folder")
+    add("--measure", type=cli.file_path, metavar="DIR", help="only measure this run's folder")
     add("overrides", nargs="*", metavar="key=value", help="for every arm")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if getattr(args, "out", None):
+        cli.check_output("--out", args.out / "tables.md")
+    cli.check_input("--measure", getattr(args, "measure", None), folder=True)
+    if getattr(args, "results", DEFAULT_RESULTS) != DEFAULT_RESULTS:
+        cli.check_input("--results", args.results, folder=True)
+    return args
 
 
 if __name__ == "__main__":

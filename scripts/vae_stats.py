@@ -22,12 +22,13 @@ from utils.data.registry import add_source_arguments, open_source_of
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("vae", metavar="SPEC", help="short name, hub id, diffusers folder, checkpoint, or .pt")
-    add("--vae-weights", default="hub", metavar="FILE", help="as vae.weights")
+    add("vae", type=cli.path, metavar="SPEC", help="short name, hub id, diffusers folder, "
+        "checkpoint, or .pt")  # fmt: skip
+    add("--vae-weights", type=cli.path, default="hub", metavar="FILE", help="as vae.weights")
     add_source_arguments(parser)
     add("--num", type=cli.positive, help="number of images to measure on; default: all")
-    add("--seed", type=int, default=0, help="chooses the images, where they are not all")
-    add("--out", type=Path, metavar="FILE.json", help="also write the numbers to this file")
+    add("--seed", type=cli.not_negative, default=0, help="chooses the images if not all are taken")
+    add("--out", type=cli.file_path, metavar="FILE.json", help="also write the numbers to a file")
     return parser.parse_args(argv)
 
 
@@ -45,7 +46,8 @@ from utils.provenance import versions
 def main() -> None:
     args = parse_args()
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        inputs = (args.vae, args.vae_weights, args.path)
+        cli.check_output("--out", args.out, ".json", inputs)
     source = open_source_of(args)
     vae = load_vae(args.vae, args.vae_weights).eval().requires_grad_(False).to(default_device())
     num = min(args.num or len(source), len(source))
@@ -58,6 +60,7 @@ def main() -> None:
         facts = {"vae": args.vae, "vae_sha256": weights_digest(vae), "data": args.data}
         facts |= {"path": args.path, "split": args.split, "resolution": args.resolution}
         facts |= {"num_images": num, "seed": args.seed, "mean": mean, "std": std}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, facts | {"versions": versions()})
 
 

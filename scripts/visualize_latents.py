@@ -25,10 +25,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.errors import UserError
 from utils import cli
 from utils.data.registry import add_source_arguments, open_source_of
 from utils.sampling.settings import SamplingSettings
+
+MOST_COLUMNS = 200  # a wider picture cannot be drawn
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,10 +38,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     command = commands.add_parser("latents", help="PCA of the latents of one or several VAEs")
     add = command.add_argument
-    add("--vae", nargs="+", required=True, metavar="[LABEL=]SPEC",
+    add("--vae", type=cli.path, nargs="+", required=True, metavar="[LABEL=]SPEC",
         help="short name, checkpoint, diffusers folder, hub id or weight file")  # fmt: skip
     add_source_arguments(command)
-    add("--num", type=cli.positive, default=8, help="images shown, evenly spread over the source")
+    columns = cli.number(int, at_least=1, at_most=MOST_COLUMNS)
+    add("--num", type=columns, default=8, help="images shown, evenly spread over the source")
     add("--fit", type=cli.positive, default=256, help="images a basis is fitted on, evenly spread")
     add(
         "--basis",
@@ -49,21 +51,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="latents that the colours are fitted on",
     )
     add("--reconstructions", action="store_true", help="also a row of them for each VAE")
-    add("--out", type=Path, required=True, help=".png to write")
+    add("--out", type=cli.file_path, required=True, help=".png to write")
 
     command = commands.add_parser("progress", help="samples of checkpoints from the same noise")
     add = command.add_argument
-    add("checkpoint", type=Path, nargs="*", help="exps/NAME/checkpoints/0400000 ...")
-    add("--run", type=Path, action="append", default=[], metavar="exps/NAME",
+    add("checkpoint", type=cli.file_path, nargs="*", help="exps/NAME/checkpoints/0400000 ...")
+    add("--run", type=cli.file_path, action="append", default=[], metavar="exps/NAME",
         help="all its whole checkpoints, by step; may be given several times")  # fmt: skip
-    add("--num", type=cli.positive, default=8, help="images of each: 0, 1, ... of sample_ddp.py")
+    add("--num", type=columns, default=8, help="images of each: 0, 1, ... of sample_ddp.py")
     own = {"solver": "ode-ab2", "steps": 50, "cfg_scale": 2.0, "batch_size": 16}
     SamplingSettings.add_arguments(command, **own)
-    add("--out", type=Path, required=True, help=".png to write")
+    add("--out", type=cli.file_path, required=True, help=".png to write")
 
     args = parser.parse_args(argv)
-    if args.out.suffix != ".png":
-        raise UserError(f"--out {args.out} must end in .png")
+    inputs = [args.path] if args.command == "latents" else args.checkpoint
+    cli.check_output("--out", args.out, ".png", inputs)
+    if args.command == "progress":
+        SamplingSettings.from_args(args)
     return args
 
 

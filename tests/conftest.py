@@ -1,9 +1,22 @@
 """Fixtures of several test files."""
 
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from hypothesis import HealthCheck, settings
+
+# Properties are tried on the same few examples in every run, and nothing is written beside them.
+settings.register_profile(
+    "repeatable", derandomize=True, max_examples=20, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+settings.load_profile("repeatable")
 
 # The files that take longest start first, so that neither core waits for the other at the end
 # (scripts/test.sh keeps this order when it shares files between two processes).
@@ -30,3 +43,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nothing_is_left(monkeypatch, tmp_path):
+    """Kill every process that a test has started, ranks and workers included: they inherit a mark
+    in their environment."""
+    mark = f"REPA_E_TEST={tmp_path}"
+    monkeypatch.setenv(*mark.split("=", 1))
+    yield
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark.encode() in environ.read_bytes().split(b"\0"):
+                os.kill(int(environ.parent.name), signal.SIGKILL)

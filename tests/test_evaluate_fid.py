@@ -137,18 +137,55 @@ def test_dry_run_needs_no_file_and_says_what_is_missing(run):
         (["--samples", "a", "--vae", "sdvae"], "either --samples"),
         (["--vae", "sdvae"], "needs --data"),
         (["--samples", "a.npz", "--out", "a.json"], "own record"),
+        (["--samples", "a.npz", "--posterior", "sample"], "--posterior does not go with"),
+        (["--samples", "a.npz", "--resolution", "32"], "--resolution does not go with"),
+        (["--vae", "tiny-f8d4", "--data", "digits@32", "--pr-mode", "fp32"], "--pr-mode does not"),
         (["--samples", "a.npz", "--features", "clip"], "expected inception, dinov2"),
         (["--samples", "a.npz", "--metrics", "kid"], "'kid': expected some of fid"),
-        (["--samples", "a.npz", "--batch-size", "0"], "expected 1 or more"),
+        (["--samples", "a.npz", "--batch-size", "0"], "batch-size.*whole number"),
         (["--vae", "tiny-f8d4", "--data", "digits@32", "--metrics", "fid"], "some of rfid"),
         (["--vae", "tiny-f8d4", "--data", "digits@12", "--metrics", "psnr"], "downsample factor"),
-        (["--vae", "tiny-f8d4", "--data", "digits@32", "--num", "0"], "--num 0: expected"),
+        (["--vae", "tiny-f8d4", "--data", "digits@32", "--num", "0"], "--num.*whole number"),
         (["--samples", "absent.npz", "--reference", "digits", "--features", "pixel"], "no such"),
     ],
 )
 def test_mistakes_in_the_flags_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         evaluate_fid.main(flags)
+
+
+HELD = {
+    "{samples}.json": "is a JSON file",
+    "{folder}": "no images below",
+    "/dev/null": "is a device",
+    "{text}": "is a text file",
+    "{small}": "expected the same size",
+    "{statistics}": "swapped",
+}
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+@pytest.mark.parametrize("held", HELD)
+def test_what_is_there_and_wrong_is_refused_also_by_a_dry_run(held, dry_run, samples, tmp_path):
+    small, statistics = tmp_path / "small.npy", tmp_path / "statistics.npz"
+    np.save(small, np.zeros((4, 8, 8, 3), np.uint8))
+    np.savez(statistics, mu=np.zeros(2048), sigma=np.eye(2048))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.npz").write_text("hello")
+    samples.with_suffix(".json").rename(f"{samples}.json")  # no longer the record beside it
+    places = {"samples": samples, "folder": tmp_path / "folder", "text": tmp_path / "text.npz"}
+    given = held.format(**places, small=small, statistics=statistics)
+    before = sorted(tmp_path.rglob("*"))
+    flags = ["--features", "pixel", "--cache", "none", *dry_run]
+    with pytest.raises(UserError, match=HELD[held]):
+        evaluate_fid.main(["--samples", given, "--reference", str(samples), *flags])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folders_without_a_name_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no images below"):
+        evaluate_fid.main(["--samples", ".", "--reference", "digits", "--features", "pixel"])
 
 
 def test_a_mistake_ends_in_one_line_and_exit_code_2(samples, tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # from other folders of its own floor as long as this closes no circle.
 FLOORS = (
     ("models", "loss"),
+    ("utils/process",),
     ("utils",),
     ("utils/config",),
     ("utils/data",),

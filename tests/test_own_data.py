@@ -16,7 +16,7 @@ from PIL import Image
 import sample_ddp
 from models.sit import SiT
 from scripts import prepare_data
-from tests.tiny import train_here
+from tests.tiny import train, train_here
 from utils import cli
 from utils.training.tracking import read_metrics
 
@@ -127,4 +127,50 @@ def test_more_classes_than_the_checkpoint_knows_are_refused(tmp_path, capsys):
     capsys.readouterr()
     assert train_here(tmp_path, *settings) == 2
     error = capsys.readouterr().err
-    assert "not fit" in error and "y_embedder" in error
+    assert "data.classes" in error
+
+
+def broken(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    settings = flat(root)
+    for name in names:
+        (root / name).write_bytes(b"broken")
+    return settings
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_over_broken_images(tmp_path, capfd, monkeypatch):
+    """Each is named once, also where the latents are measured, and in previews and evaluations; a
+    run that goes on from the middle sees the same images."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = broken(tmp_path / "data", ("1.PNG", "4.png"))
+    settings += ("latent_norm.stats_images=10",)
+    settings += ("preview.every=4", "preview.num=10", "preview.steps=2")
+    settings += ("eval.every=4", "eval.num=8", "eval.features=pixel", "eval.steps=2")
+    assert train_here(tmp_path, *settings) == 0
+    printed = capfd.readouterr().err
+    assert all(printed.count(f"{name} cannot be read") == 1 for name in ("1.PNG", "4.png"))
+    assert train_here(tmp_path / "b", *settings, "run.steps=2", "data.workers=1") == 0
+    assert train_here(tmp_path / "b", *settings) == 0
+    rows = [read_metrics(out / "tiny" / "metrics.jsonl") for out in (tmp_path, tmp_path / "b")]
+    losses = [[r["loss/sit/diffusion"] for r in run if "loss/sit/diffusion" in r] for run in rows]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_too_many_broken_images_end_a_run_after_a_save(tmp_path, capsys, most):
+    settings = broken(tmp_path / "data", ("1.PNG", "4.png"))
+    settings += ("latent_norm.stats_images=1", f"data.max_bad_images={most}", "run.save_every=4")
+    assert train_here(tmp_path, *settings) == 2
+    error = capsys.readouterr().err
+    assert f"data.max_bad_images={most}" in error and "Traceback" not in error
+    assert [*(tmp_path / "tiny" / "checkpoints").glob("000000[1-3]")]
+
+
+@pytest.mark.slow
+def test_one_rank_that_meets_too_many_broken_images_ends_both(tmp_path):
+    settings = broken(tmp_path / "data", ("1.PNG", "4.png"))
+    settings += ("latent_norm.stats_images=1", "data.max_bad_images=0", "run.save_every=4")
+    done = train(tmp_path, *settings, "run.steps=4", ranks=2)
+    assert "exitcode: 2" in done.stderr and done.stderr.count("Traceback (most") <= 1  # torchrun's
+    assert done.stderr.count("more than data.max_bad_images=0") == 1
+    assert [*(tmp_path / "tiny" / "checkpoints").glob("000000[1-4]")]

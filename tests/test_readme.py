@@ -131,7 +131,8 @@ def test_caching_latents_runs_and_training_from_them_passes_its_dry_run(run, tmp
     parts = [{"sdvae": str(vae), "data/sdvae-latents": str(cache)}.get(w, w) for w in parts]
     code, printed = run(*parts, "--workers", "0")
     assert code == 0, printed
-    small = [w for w in TINY if "run.name" not in w] + ["vae.train=false", "data.num_classes=null"]
+    small = [w for w in TINY if "run.name" not in w] + ["vae.train=false"]
+    small += ["data.num_classes=null", "data.path=null"]
     parts = [w.replace("data/sdvae-latents", str(cache)) for w in words(training)]
     code, printed = run(*parts, *small, f"vae.weights={vae}", "--dry-run")
     assert code == 0 and "note:" not in printed, printed

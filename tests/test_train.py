@@ -95,6 +95,8 @@ def test_a_new_run_may_add_a_discriminator_to_a_checkpoint_without_one(tmp_path,
     assert train_here(tmp_path, "run.steps=2", "loss.reg.gan=0") == 0
     origin = tmp_path / "tiny" / "checkpoints" / "0000002"
     assert train_here(tmp_path) == 2
+    assert "loss.reg.gan=0.0 (now 0.1)" in capsys.readouterr().err
+    assert train_here(tmp_path, "run.allow_change=[loss.reg.gan]") == 2
     assert "has no discriminator" in capsys.readouterr().err
     more = ("run.name=next", f"run.init_from={origin}", "disc.pretrain_steps=1", "run.steps=2")
     assert train_here(tmp_path, *more) == 0
@@ -154,7 +156,7 @@ def test_a_checkpoint_samples_and_evaluates(run, tmp_path, capsys):
 
 
 MISTAKES = {
-    "run.stepz=1": "Did you mean: 'steps'",
+    "run.stepz=1": "Did you mean: 'run.steps'",
     "data.num_classes=7": "data.num_classes=7, but the data has 10",
     "data.source=packed": "needs data.path",
     "loss.reg.lpips=1": "vgg16-397923af.pth not found",

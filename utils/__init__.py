@@ -3,14 +3,18 @@
 Files here are the ground of all folders below:
 
 samplers.py     sampling from a SiT: solvers, guidance and its default interval
-checkpoint.py   what a checkpoint holds, how it is written and read, which ones are kept
+checkpoint.py   what a checkpoint holds, which ones of a run are kept, which one it begins from
+sealed.py       a checkpoint folder is written whole or not at all; its state.json vouches for it
+run_lock.py     one writer for a run's folder
 random.py       one random generator for each key, e.g. (seed, step, rank)
 distributed.py  ranks: start, gather, "the main process does it, all get the result", stop signals
 precision.py    autocast and TF32
-files.py        atomic writes, hashes, JSON, locks, disk space
+files.py        atomic writes, hashes, JSON, locks, disk space, `~` in paths
+records.py      typed records: ranges of fields, JSON files read as dataclasses
 provenance.py   versions of libraries, commit of this repository
-cli.py          the argument parser of every script, and user errors as one line
+cli.py          the frame of every script: arguments, signals, errors as one line
 
+process/     how a program ends, signals, ranks that watch each other; below the files here
 config/      the settings of a run
 data/        data sources, cached latents, latent statistics, the loader
 sampling/    sampling settings, images of a checkpoint

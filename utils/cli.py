@@ -1,13 +1,27 @@
-"""The frame around every script: arguments, and a user's mistake as one line with exit code 2."""
+"""The frame around every script: its start and end, the types of its arguments, its outputs."""
+
+from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
+from math import nan
+from pathlib import Path
 from typing import NoReturn
 
-from models.errors import UserError
+from models.errors import UserError, what_is
+from utils.files import expand_path
+from utils.process import heartbeat
+from utils.process.ending import is_main, run_or_exit
+from utils.process.signals import SIGNALS, die_with_launcher, end_imports
+from utils.records import Range
+
+LONGEST_NAME = 240  # bytes; file systems take 255, and drafts have longer names than their files
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,14 +45,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
-def answer_help(parse_args: Callable) -> None:
+def answer_help(parse_args: Callable, saves: bool = False) -> None:
     """Parse the arguments before a script's slow imports (torch, diffusers), so that --help and a
     wrong argument are answered within a second. Stands between a script's parser and them.
 
     Of several ranks the first one answers. The others exit quietly with code 0: an error code would
-    make the launcher kill the first one before it has printed its message.
+    make the launcher kill the first one before it has printed its message. `saves`: whether the
+    program answers signals by saving, see `Signals`; imports have nothing to save.
     """
-    if os.environ.get("RANK", "0") == "0":
+    for number in SIGNALS if saves else (signal.SIGINT,):
+        signal.signal(number, end_imports)
+    die_with_launcher()
+    if is_main():
         run_or_exit(parse_args)
         return
     try:
@@ -48,25 +66,122 @@ def answer_help(parse_args: Callable) -> None:
         sys.exit(0)
 
 
-def run_or_exit(function: Callable):
-    """The value of `function()`; a `UserError` ends the program as one line, with exit code 2."""
-    try:
-        return function()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and exit with its return value, or as `run_or_exit` does."""
-    sys.exit(run_or_exit(main))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is end_imports:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = run_or_exit(main)
+    if heartbeat.current:
+        run_or_exit(heartbeat.current.meet)
+    sys.exit(code)
 
 
-def positive(text: str) -> int:
-    """Type of an argument: a whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 1 or more")
-    return int(text)
+# --------------------------------------------------------------------------------------
+# Types of arguments.
+
+
+def number(kind: type[int] | type[float], **sides: float) -> Callable[[str], int | float]:
+    """Type of an argument: a finite number in the `Range` of `sides`. 1e3 is a whole number."""
+    allowed = Range(**sides)
+
+    def convert(text: str) -> int | float:
+        exact = kind is int and text.strip().lstrip("+-").isdecimal()
+        try:
+            value = int(text) if exact else float(text)
+            if kind is int and not exact:
+                value = int(value) if int(value) == value else nan
+        except (ValueError, OverflowError):  # OverflowError: inf
+            value = nan
+        if value not in allowed:
+            what = "a whole number" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {what} {allowed}".rstrip())
+        return value
+
+    return convert
+
+
+# the types that most numbers have
+positive, not_negative = number(int, at_least=1), number(int, at_least=0)
+
+
+def path(text: str) -> str:
+    """Type of an argument: `expand_path`."""
+    try:
+        return expand_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def file_path(text: str) -> Path:
+    """`path` as a `Path`, for an argument; "." as the folder that it is, which has a name."""
+    found = Path(path(text))
+    return found if found.name else found.absolute()
+
+
+def check_output(flag: str, out: Path, suffix: str = "", inputs: Iterable[object] = ()) -> None:
+    """`UserError` unless a file can be written at `out`, which ends in `suffix` and is none of the
+    `inputs`, nor a file in one that is a folder. Creates nothing; called before the work whose
+    result goes there."""
+    if suffix and out.suffix != suffix:
+        name = "" if out.suffix else "have a name and "
+        raise UserError(f"{flag} {out} must {name}end in {suffix}")
+    _check_place(flag, out)
+    if out.is_dir():
+        raise UserError(f"{flag} {out} is a folder: expected the name of a file to write")
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"{flag} {out} is {what_is(out)}: choose another name")
+    if out.exists() and not out.is_file():
+        raise UserError(f"{flag} {out} is no regular file: choose another name")
+    if out.is_file() and not os.access(out, os.W_OK):
+        raise UserError(f"{flag} {out} exists and may not be overwritten: choose another name")
+    given = [Path(str(each)) for each in inputs if each is not None]
+    if any(same_place(out, each) or (out.exists() and _is_below(out, each)) for each in given):
+        raise UserError(f"{flag} {out} is, or lies in, one of the inputs: choose another name")
+
+
+def check_input(flag: str, given: Path | None, folder: bool = False) -> None:
+    """`UserError` unless a file (or a folder) that the user has named, if any, is one."""
+    wanted = "folder" if folder else "file"
+    if given is None or (given.is_dir() if folder else given.is_file()):
+        return
+    found = what_is(given)
+    if found == "absent":
+        raise UserError(f"{flag} {given}: no such {wanted}; correct the path")
+    raise UserError(f"{flag} {given} is {found}, expected a {wanted}: correct the path")
+
+
+def check_output_folder(flag: str, out: Path) -> None:
+    """`UserError` unless a folder can be made at `out`, or is there and can be written to."""
+    _check_place(flag, out, folder=True)
+
+
+def same_place(one: Path, other: Path) -> bool:
+    """Whether two paths, which need not exist, name the same file."""
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
+
+
+def _check_place(flag: str, out: Path, folder: bool = False) -> None:
+    """`UserError` unless a file can be created at `out`, or below it if that is a `folder`, judging
+    by the folders that are there."""
+    file = out / "file" if folder else out
+    try:
+        if len(os.fsencode(out.name)) > LONGEST_NAME:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        place = next(a for a in file.absolute().parents if os.path.lexists(a))
+        file.exists()  # raises where a loop of links or the length of the whole path is in the way
+    except OSError as error:
+        shown = str(out) if len(str(out)) < 200 else f"{str(out)[:200]}..."
+        raise UserError(f"{flag} {shown}: {error.strerror}; choose another name") from None
+    if not place.is_dir():
+        raise UserError(f"{flag} {out}: {place} is no folder: choose another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {out}: no right to write in {place}: choose another place")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

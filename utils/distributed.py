@@ -1,35 +1,54 @@
 """The one door to accelerate: processes, device, gradient synchronisation, reductions.
 
-A plain `python` process is one rank; `accelerate launch` makes more. Automatic mixed precision is
-ours (utils/training/trained_network.py), so accelerate's is switched off whatever its launch
-settings say.
+A plain `python` process is one rank; `accelerate launch` makes more, which watch each other
+(utils/process/heartbeat.py). Automatic mixed precision is ours
+(utils/training/trained_network.py), so accelerate's is switched off whatever its launch settings
+say.
 """
 
+import atexit
+import gc
 import os
-import signal
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
     gather,
     parse_flag_from_env,
     reduce,
 )
+from torch import Tensor
 
 from models.errors import UserError
 from utils.precision import allow_tf32
+from utils.process import heartbeat
+from utils.process.ending import say
+from utils.process.heartbeat import Heartbeat, Stopped
+from utils.process.signals import Signals
 
-# How long a rank waits for another: NCCL's 10 minutes are less than a download, a checkpoint on
-# slow storage, or the last rank's share of 50,000 samples can take.
-TIMEOUT = timedelta(hours=6)
+T = TypeVar("T")
+# Minutes that a rank waits in a collective for another. Work of the main process that may take
+# longer (downloads, checkpoints) goes through `Ranks.on_main`, which waits for it without a limit.
+RANK_TIMEOUT = 10.0
+# What accelerate's launcher sets for ways of running that this code does not have.
+OTHER_LAUNCHES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+}
 
 
 class Ranks:
@@ -40,12 +59,11 @@ class Ranks:
     """
 
     def __init__(self, distributed: bool = True, device: torch.device | str | None = None):
-        self.state = PartialState(cpu=_on_cpu(), timeout=TIMEOUT) if distributed else None
+        self.state = join() if distributed else None
         self.rank = self.state.process_index if self.state else 0
         self.world = self.state.num_processes if self.state else 1
-        self.device = torch.device(
-            device or (self.state.device if self.state else default_device())
-        )
+        own = self.state.device if self.state else None
+        self.device = torch.device(device or own or default_device())
 
     @property
     def is_main(self) -> bool:
@@ -57,43 +75,118 @@ class Ranks:
             print(*words, flush=True)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return reduce(tensor, "sum") if self.world > 1 else tensor
+        return cast(Tensor, reduce(tensor, "sum")) if self.world > 1 else tensor
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """(B, D) of every rank => (world * B, D) in the order of ranks."""
-        return gather(tensor.contiguous()) if self.world > 1 else tensor
+        return cast(Tensor, gather(tensor.contiguous())) if self.world > 1 else tensor
 
     def wait(self) -> None:
-        """Until every rank is here."""
-        if self.world > 1:
-            self.state.wait_for_everyone()
+        """Until every rank is here, however long that takes."""
+        if self.world > 1 and heartbeat.current:
+            heartbeat.current.meet()
 
-    def on_main(self, function: Callable):
-        """The result of a call that the main process alone makes, on every rank.
+    def on_main(self, function: Callable[[], T]) -> T:
+        """The result of a call that the main process alone makes, on every rank; the others wait
+        for it without a limit, but not for a process that died.
 
         If it fails with a `UserError` (or ends the program), the main process raises that. The
         others exit quietly with code 0: an error code would make the launcher kill the main process
-        before it has printed its message.
+        before it has printed its message. `Stopped` is raised on every rank.
         """
         value = problem = None
         if self.is_main:
             try:
-                value = function()
-            except (UserError, SystemExit) as error:
+                with uninterrupted():
+                    value = function()
+            except (UserError, SystemExit, Stopped) as error:
                 problem = error
         if self.world > 1:
-            failed, value = broadcast_object_list([problem is not None, value])
-            problem = problem or (SystemExit(0) if failed else None)
+            self.wait()
+            failed = "stopped" if isinstance(problem, Stopped) else problem is not None
+            failed, value = broadcast_object_list([failed, value])
+            if failed and problem is None:
+                problem = Stopped() if failed == "stopped" else SystemExit(0)
         if problem is not None:
             raise problem
-        return value
+        return cast(T, value)
 
-    def main_first(self, function: Callable):
+    def main_first(self, function: Callable[[], T]) -> T:
         """The result of a call that every rank makes, the main process first: it downloads, the
         others read its cache. Errors as in `on_main`."""
-        own = []
+        own: list[T] = []
         self.on_main(lambda: own.append(function()))
-        return own[0] if own else function()
+        value = own[0] if own else function()
+        self.wait()
+        return value
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """While this process does what must be finished although another rank is lost: saving."""
+    watch = heartbeat.current
+    if watch is None:
+        yield
+        return
+    watch.busy += 1
+    try:
+        yield
+    finally:
+        watch.busy -= 1
+
+
+def join(minutes: float = RANK_TIMEOUT) -> PartialState:
+    """Join the other ranks, if any; a second call changes nothing. A rank that is not heard for
+    `minutes` ends the program on every other one."""
+    _refuse_other_launches()
+    # the heartbeat, which knows names, is to be the first to notice
+    limit = timedelta(minutes=minutes, seconds=10)
+    try:
+        state = PartialState(cpu=_on_cpu(), timeout=limit)
+    except dist.DistError as error:
+        text = f"not all {os.environ.get('WORLD_SIZE')} ranks could be joined: {error}"
+        raise UserError(f"{text}; check the other ranks, MASTER_ADDR and MASTER_PORT") from error
+    if state.num_processes > 1 and heartbeat.current is None:
+        heartbeat.current = Heartbeat(
+            state.process_index,
+            state.num_processes,
+            60 * minutes,
+            f"{socket.gethostname()}, pid {os.getpid()}",
+            _exchange,
+            show=say,
+        )
+        atexit.register(_leave)
+    return state
+
+
+def _exchange(text: str) -> str:
+    """Rank 0's text, on every rank, through the store in which the ranks found each other."""
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        store.set("repa-e heartbeat", text)
+    return store.get("repa-e heartbeat").decode()
+
+
+def _leave() -> None:
+    """At the end of a program that did not fail: the threads of a process group that is still there
+    when Python ends can abort the process."""
+    if heartbeat.current:
+        heartbeat.current.leave()
+    gc.collect()  # DDP's reducers wait for ever if they outlive their group
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _refuse_other_launches() -> None:
+    """`UserError` where accelerate's launcher was set up, by flags or by the user's own config
+    file, for something else than plain data parallelism."""
+    for variable, name in OTHER_LAUNCHES.items():
+        if parse_flag_from_env(variable):
+            raise UserError(
+                f"the launcher is set up for {name} ({variable}), which this program does not use: "
+                "start it with `accelerate launch --multi_gpu --num_processes N`, "
+                "and a plain config (`accelerate config default`)"
+            )
 
 
 def default_device() -> torch.device:
@@ -112,18 +205,20 @@ def _on_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or default_device().type == "cpu"
 
 
-def start(run_dir: Path, trackers: list[str], tf32: bool) -> Accelerator:
-    """Join the other ranks, if any. Buffers are broadcast once, when a network is wrapped; from
+def start(
+    run_dir: Path, trackers: list[str], tf32: bool, minutes: float = RANK_TIMEOUT
+) -> Accelerator:
+    """`join` the other ranks, if any. Buffers are broadcast once, when a network is wrapped; from
     then on they are equal by construction."""
     allow_tf32(tf32)
+    join(minutes)
     return Accelerator(
         cpu=_on_cpu(),
         mixed_precision="no",
-        log_with=trackers or None,
+        log_with=[*trackers] or None,  # type: ignore[arg-type]
         project_config=ProjectConfiguration(logging_dir=str(run_dir / "tensorboard")),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=TIMEOUT),
         ],
         dynamo_backend="no",
     )
@@ -135,27 +230,38 @@ def launched_ranks() -> int:
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1, so that the loop can save before it ends.
+    """Whether the program was told to stop (`Signals`), so that it can save before it ends.
 
-    A signal may reach ranks at different moments, and they must stop at the same step: they vote.
-    A vote waits for the GPU, so with several ranks it is taken only every `POLL_EVERY` steps.
+    A signal may reach ranks at different moments, and they must stop at the same place: `agreed`
+    and `check_all` are called equally often and in the same order on every rank, without a cost
+    while no signal came (`Heartbeat.stop_here`). `check` is for what one process does alone.
     """
 
-    POLL_EVERY = 10
+    def __init__(self, signals: Signals):
+        self.signals = signals
+        signals.raises = False
+        if heartbeat.current:
+            heartbeat.current.told = lambda: signals.received
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.received = accelerator, False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+    @property
+    def received(self) -> bool:
+        """Whether this process was told, or heard that another one was."""
+        return self.signals.received or bool(heartbeat.current and heartbeat.current.asked)
 
-    def _note(self, number: int, frame) -> None:
-        self.received = True
+    def request(self) -> None:
+        """Ask every rank to stop, as a signal does."""
+        self.signals.received = True
 
-    def agreed(self, step: int) -> bool:
-        """Whether any rank received a signal; the same answer on every rank."""
-        if self.accelerator.num_processes == 1:
-            return self.received
-        if step % self.POLL_EVERY:
-            return False
-        vote = torch.tensor(float(self.received), device=self.accelerator.device)
-        return self.accelerator.reduce(vote, "sum").item() > 0
+    def agreed(self, step: int = 0) -> bool:
+        """Whether the program stops here, after `step` steps; the same answer on every rank."""
+        return heartbeat.current.stop_here() if heartbeat.current else self.signals.received
+
+    def check(self) -> None:
+        """Raise `Stopped` if told, on this rank alone."""
+        if self.received:
+            raise Stopped
+
+    def check_all(self) -> None:
+        """Raise `Stopped` if the program stops here, on every rank."""
+        if self.agreed():
+            raise Stopped

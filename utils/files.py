@@ -6,17 +6,21 @@ A writer leaves the old file or the new one, whatever kills it. User mistakes ar
 import hashlib
 import json
 import os
+import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from models.errors import UserError
+from models.errors import UserError, read_json
 
 TEXT = ("utf-8", "surrogateescape")  # file names may hold bytes that are no UTF-8
+DRAFT = ".tmp"  # end of the name of a file that is being written
+LONGEST_PATH = 3800  # bytes; Linux takes 4096, and files inside have longer paths
 LOCK_SECONDS = 5  # how long the workers of a killed command may take to let go of their folder
 
 
@@ -26,24 +30,78 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class HashedFile:
+    """A new file, open for writing, whose sha256 is known at once: nothing is read back.
+
+    `error` is the first `OSError` of a write; torch.save turns it into another exception.
+    """
+
+    def __init__(self, path: Path):
+        self.file, self.hash = path.open("wb"), hashlib.sha256()
+        self.error: OSError | None = None
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+        if self.error:
+            raise self.error
+
+    def write(self, content: bytes | memoryview) -> int:
+        try:
+            self.file.write(content)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.hash.update(content)
+        return len(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    @property
+    def sha256(self) -> str:
+        """Of what has been written so far, in hexadecimal."""
+        return self.hash.hexdigest()
+
+
 def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
     """Replace a file by text, bytes, or what `content(file)` writes; a kill leaves the old one or
     the new one, and so does a power cut. Only one process may write a path at a time."""
     # one name for all: the draft of a killed process, which may be large, is overwritten
-    draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("wb") as file:
-        if callable(content):
-            content(file)
-        else:
-            file.write(content.encode() if isinstance(content, str) else content)
-    sync(draft)
-    draft.replace(path)
+    draft = path.with_name(f".{path.name}{DRAFT}")
+    try:
+        with draft.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+        sync(draft)
+        draft.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
     sync(path.parent)
+
+
+def sweep_drafts(folder: Path) -> None:
+    """Delete the drafts that killed processes have left in a folder: see `write_atomically`."""
+    for draft in folder.glob(f".*{DRAFT}"):
+        if draft.is_file() and not draft.is_symlink():
+            draft.unlink()
 
 
 def files_below(folder: Path) -> list[Path]:
     """All files in a folder and its subfolders, sorted by path."""
     return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def reason(error: OSError) -> str:
+    """Why the file system refused, in words: "No space left on device: exps/a/metrics.jsonl"."""
+    place = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{place}"
 
 
 def sync_tree(folder: Path) -> None:
@@ -78,14 +136,10 @@ def free_disk(path: Path) -> tuple[Path, int]:
 
 def format_bytes(num_bytes: float) -> str:
     """Bytes in words: 3.1 GiB, 12 GiB, 240 MiB, 0.25 MiB."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        value = num_bytes / size
-        if value >= 1 or unit == "MiB":
-            return (
-                f"{value:,.0f} {unit}"
-                if value >= 10
-                else f"{value:.{1 if value >= 1 else 2}f} {unit}"
-            )
+    unit, size = ("GiB", 2**30) if num_bytes >= 2**30 else ("MiB", 2**20)
+    value = num_bytes / size
+    digits = 0 if value >= 10 else 1 if value >= 1 else 2
+    return f"{value:,.{digits}f} {unit}"
 
 
 @contextmanager
@@ -116,17 +170,31 @@ def read_lines(path: Path) -> list[str]:
 def read_record(file: Path) -> dict | None:
     """A JSON object from disk; None if there is none, or none that can be read."""
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
+        found = read_json(file, "")
+    except UserError:
         return None
     return found if isinstance(found, dict) else None
 
 
-def read_json(path: Path, remedy: str):
-    """The content of a JSON file; a missing or broken one is a `UserError` ending in `remedy`."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} not found; {remedy}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no valid JSON ({error}); {remedy}") from error
+def expand_path(text: str) -> str:
+    """A path with `~` and `$VARIABLES` expanded, here and once, without a "/" at its end.
+    `UserError` for what can be no path: empty, a variable that is not set, no home folder of that
+    name, control characters, too long."""
+    shown = repr(text if len(text) < 200 else f"{text[:200]}...")
+    if not text.strip():
+        raise UserError(f"{shown}: expected a path, and an empty one is none")
+    if not is_one_line(text):
+        raise UserError(f"{shown}: a path has no control characters, and is UTF-8")
+    found = os.path.expanduser(os.path.expandvars(text))
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", found):
+        raise UserError(f"{shown}: the variable {unset[0]} is not set here: set it")
+    if found.startswith("~"):
+        raise UserError(f"{shown}: no home folder of that name; write ./{text} for a file of ours")
+    if len(found.encode()) > LONGEST_PATH or max(map(len, found.encode().split(b"/"))) > 255:
+        raise UserError(f"{shown}: the name is too long, a part may have 255 bytes; shorten it")
+    return found.rstrip("/") or "/"
+
+
+def is_one_line(text: str) -> bool:
+    """Whether a text has no control characters, and no bytes that are not UTF-8."""
+    return not any(unicodedata.category(sign) in ("Cc", "Cs") for sign in text)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -16,14 +17,19 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 
 def allow_tf32(allowed: bool) -> None:
     """TF32 in float32 matrix products and convolutions, on GPUs that have it."""
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+    for backend in _backends():
         backend.fp32_precision = "tf32" if allowed else "ieee"
+
+
+def _backends() -> tuple[Any, Any]:
+    """The settings of matrix products and convolutions; torch's type stubs lack the second."""
+    return torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv")  # noqa: B009
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """No TF32 inside: PyTorch lets cuDNN use it by default, and training may for matmuls too."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    backends = _backends()
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

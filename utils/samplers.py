@@ -133,8 +133,8 @@ class Field:
         """
         import torch
 
-        v, t = self(x, t), torch.tensor(t, dtype=torch.float64)
-        return v - t * score_from_velocity(v, x, t, self.path)
+        v, time = self(x, t), torch.tensor(t, dtype=torch.float64)
+        return v - time * score_from_velocity(v, x, time, self.path)
 
     def fresh_noise(self, x: torch.Tensor) -> torch.Tensor:
         """Standard normal of x's shape and dtype, drawn on the device of the generator(s)."""
@@ -213,7 +213,7 @@ def integrate_ab2(field: Field, x: torch.Tensor, times: list[float]) -> torch.Te
     v_before, t_before = None, None
     for t, t_next in pairwise(times):
         v, dt = field(x, t), t_next - t
-        if t_before is None or field.is_guided(t) != field.is_guided(t_before):
+        if v_before is None or t_before is None or field.is_guided(t) != field.is_guided(t_before):
             x = x + dt * v
         else:
             half = dt / (t - t_before) / 2

@@ -134,10 +134,10 @@ def test_check_resolution_refuses_exactly_what_leaves_no_patch(layers):
         except RuntimeError:
             works = False
         if works:
-            net.check_resolution(resolution)
+            net.check_resolution(layers, resolution)
             continue
         with pytest.raises(UserError) as error:
-            net.check_resolution(resolution)
+            net.check_resolution(layers, resolution)
         message = str(error.value)
         assert f"disc.layers={layers}" in message and f"{resolution} px" in message
         assert "\n" not in message

@@ -376,6 +376,12 @@ def test_unknown_names():
         load_encoder("dinov2b")
     with pytest.raises(UserError, match=r"nearest is timm:resnet18"):
         encoder_shape("timm:resnet181")
+    with pytest.raises(UserError) as caught:
+        encoder_shape("timm:nope")
+    assert "nearest" not in one_line(caught)
+    for stride in ("abc", "", "-16", "9" * 5000):
+        with pytest.raises(UserError, match=r"stride is .*timm:test_resnet/16"):
+            encoder_shape(f"timm:test_resnet/{stride}")
 
 
 def test_a_file_that_is_absent_or_of_another_network(tmp_path, one_block):
@@ -462,3 +468,29 @@ def test_a_cnn_stage_is_chosen_by_its_stride():
 def test_a_stride_that_no_stage_has_is_refused():
     with pytest.raises(UserError, match="no stage of stride 3"):
         encoder_shape("timm:test_resnet/3", 16, 8)
+
+
+def test_weights_that_timm_would_bend_to_fit_are_refused(tmp_path):
+    """timm resamples a patch convolution of another size, and copies whole numbers and NaN."""
+    state = noisy(timm.create_model("test_vit3", num_classes=0)).state_dict()
+    first = state["patch_embed.proj.weight"]
+    for changed, message in (
+        ({"patch_embed.proj.weight": first[..., :14, :14].contiguous()}, r"patches are \(14, 14\)"),
+        ({"norm.bias": state["norm.bias"].to(torch.int32)}, r"norm\.bias holds torch\.int32"),
+        ({"norm.bias": state["norm.bias"] * float("nan")}, r"norm\.bias holds NaN"),
+        ({"pos_embed": state["pos_embed"][0]}, "does not fit"),
+        ({"norm.bias": state["norm.bias"][:1]}, "does not fit"),
+    ):
+        save_file(state | changed, tmp_path / "w.safetensors")
+        with pytest.raises(UserError, match=message) as caught:
+            load_encoder("timm:test_vit3", tmp_path / "w.safetensors", resolution=160)
+        one_line(caught)
+
+
+def test_a_hint_names_the_same_encoder_or_none():
+    with pytest.raises(UserError, match="nearest is dinov2-b"):
+        load_encoder("DINOv2_B")
+    for name in ("dinov4-b", "dinov2-x", "dinov2", "clip", "mae", "random"):
+        with pytest.raises(UserError, match="the names are") as caught:
+            load_encoder(name)
+        assert "nearest" not in one_line(caught)

@@ -1,5 +1,7 @@
 """SiT against an independent implementation written out here, in the published key layout."""
 
+import inspect
+import json
 import math
 
 import numpy as np
@@ -534,3 +536,21 @@ def test_float64_time_is_embedded_as_its_float32_value():
     """The samplers keep their state in float64."""
     net, (x, t, y) = randomised(), inputs()
     assert torch.equal(net(x, t.double(), y)[0], net(x, t, y)[0])
+
+
+@pytest.mark.parametrize("key", inspect.signature(SiT).parameters)
+def test_a_wrong_entry_in_the_config_of_a_sit_is_one_line(saved, key):
+    folder, _ = saved
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    wrong = (None, "x", -1, 10**9, 10**30, [], {}, [None], ["x"], [-1], float("nan"), [[1]])
+    for value in wrong:
+        if value == config[key]:
+            continue
+        file.write_text(json.dumps(config | {key: value}))
+        with pytest.raises(UserError) as caught:
+            load_sit(folder)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    file.write_text(json.dumps({k: v for k, v in config.items() if k != key}))
+    with pytest.raises(UserError, match=rf"does not say {key}"):
+        load_sit(folder)

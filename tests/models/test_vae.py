@@ -555,3 +555,76 @@ def test_qwen_checkpointing_recomputes(monkeypatch):
     vae.enable_gradient_checkpointing()
     vae(torch.rand(1, 3, 32, 32))[2].sum().backward()
     assert len(calls) == 2
+
+
+# ---------------------------------------------------------------- configs of other people
+
+WRONG_VALUES = (None, True, -1, 1.5, 10**9, 10**30, "x", [], ["x"], {}, [[1]], [10**9] * 4)
+ARCHITECTURE = {  # entries that say what the network is
+    "tiny-f8d4": ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block",
+                  "latent_channels", "in_channels", "out_channels", "norm_num_groups", "act_fn",
+                  "_class_name"),
+    "tiny-qwen": ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample",
+                  "input_channels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [(n, k) for n, keys in ARCHITECTURE.items() for k in keys]
+)
+def test_a_wrong_entry_in_a_config_is_one_line(tmp_path, name, key):
+    """Wrong types, ranges and numbers of levels, before memory is taken for them."""
+    build_vae(name).save(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    for value in (*WRONG_VALUES, [0] * 4, 0):
+        if value == config[key]:
+            continue
+        file.write_text(json.dumps(config | {key: value}))
+        with pytest.raises(UserError) as caught:
+            load_vae(tmp_path)
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "stats",
+    [([0] * 3, [1] * 4), ([0] * 4, [1] * 5), ([0] * 4, [1, 1, 1, 0]), ([0] * 4, [1, 1, 1, -1]),
+     ([0] * 4, None), (["0"] * 4, [1] * 4), (0, 1)],
+)  # fmt: skip
+def test_statistics_that_do_not_fit_the_latents_are_refused(tmp_path, stats):
+    build_vae("tiny-f8d4").save(tmp_path)
+    file = tmp_path / "config.json"
+    mean, std = stats
+    known = json.loads(file.read_text()) | {"latents_mean": mean, "latents_std": std}
+    file.write_text(json.dumps(known))
+    with pytest.raises(UserError, match="latents_"):
+        load_vae(tmp_path)
+
+
+def test_integer_weights_of_a_vae_are_refused(tmp_path):
+    build_vae("tiny-f8d4").save(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({k: v.to(torch.int64) for k, v in load_file(file).items()}, file)
+    with pytest.raises(UserError, match="of another type"):
+        load_vae(tmp_path)
+
+
+def test_a_hint_names_the_same_vae_or_none():
+    for asked, meant in {
+        "sd-vae-ft-mse": "sdvae",
+        "sd-vae-ft-ema": "sdvae-ema",
+        "SD_VAE_FT_MSE": "sdvae",
+        "vavae-hf": "vavae",
+        "FLUX.1-dev": "flux",
+        "SDVAE": "sdvae",
+        "sd35": "sd3.5",
+    }.items():
+        with pytest.raises(UserError, match=rf"did you mean {meant}\?"):
+            load_vae(asked)
+    for asked in ("f8d4", "f16d32", "flux2", "sd3", "e2e", "kl-f8", "sdvae2", "tiny"):
+        with pytest.raises(UserError, match="the short names are") as caught:
+            load_vae(asked)
+        assert "did you mean" not in str(caught.value)
+    with pytest.raises(UserError, match="empty"):
+        load_vae("")

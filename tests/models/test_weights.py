@@ -228,7 +228,9 @@ def test_what_is_no_file_of_tensors_is_refused_in_one_line(tmp_path, monkeypatch
     monkeypatch.setenv("PAYLOAD_DIR", str(tmp_path / "executed"))
     path = tmp_path / name
     BAD_FILES[name](path)
-    with pytest.raises(UserError, match=r"not a file of plain tensors|neither a state dict") as e:
+    words = r"not a file of plain tensors|neither a state dict"
+    words = "no such file" if name == "absent.pt" else words
+    with pytest.raises(UserError, match=words) as e:
         read_state(path)
     assert str(path) in message(e)
     assert not (tmp_path / "executed").exists()
@@ -277,3 +279,72 @@ def test_a_misfit_lists_three_of_each_kind_and_changes_nothing(device):
     assert "4 unexpected (extra.0, extra.1, extra.2, ...)" in text
     if device == "cpu":
         assert all(torch.equal(v, before[k]) for k, v in loaded.state_dict().items())
+
+
+# ---------------------------------------------------------------- what is there, but not wanted
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "folder", "fifo", "link to nothing", "loop"])
+def test_what_is_no_weight_file_is_named_and_never_waited_for(tmp_path, kind):
+    path = tmp_path / "w.pt"
+    make = {"empty": path.touch, "folder": path.mkdir, "fifo": lambda: os.mkfifo(path)}
+    make |= {"link to nothing": lambda: path.symlink_to("nowhere")}
+    make |= {"loop": lambda: path.symlink_to(path), "absent": lambda: None}
+    make[kind]()
+    words = {"loop": "symbolic links", "absent": "absent|no such file", "fifo": "FIFO"}
+    for read in (read_state, lambda path: BY_URL.named(path).find() and read_state(path)):
+        with pytest.raises(UserError, match=words.get(kind, kind)) as caught:
+            read(path)
+        message(caught)
+
+
+def test_a_file_is_told_by_its_content_not_by_its_name(tmp_path):
+    state = {"a": torch.arange(3.0)}
+    save_file(state, tmp_path / "w.pt")
+    torch.save(state, tmp_path / "w.safetensors")
+    for name in ("w.pt", "w.safetensors"):
+        assert torch.equal(read_state(tmp_path / name)["a"], state["a"])
+
+
+STRANGE = {
+    "whole numbers": lambda v: v.to(torch.int32),
+    "eight bits": lambda v: v.to(torch.float8_e4m3fn),
+    "truth values": lambda v: v.bool(),
+    "complex": lambda v: v.to(torch.complex64),
+    "nan": lambda v: v * float("nan"),
+    "too large for float32": lambda v: v.double() * 1e300,
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_weights_are_finite_floats(tmp_path, kind):
+    """Copied into a network, whole numbers would be taken as they are, and NaN as well."""
+    net = nn.BatchNorm1d(3)
+    torch.nn.init.ones_(net.bias)
+    state = net.state_dict()
+    before = {name: value.clone() for name, value in state.items()}
+    save_file(state | {"bias": STRANGE[kind](state["bias"])}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"w\.safetensors.*bias") as caught:
+        load_strictly(net, read_state(tmp_path / "w.safetensors"), tmp_path / "w.safetensors", "it")
+    message(caught)
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    load_strictly(net, {k: v.half() if v.is_floating_point() else v for k, v in before.items()},
+                  "half", "it")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(1).expand(10**9), torch.zeros(3).to_sparse(), torch.empty(3, device="meta")],
+)
+def test_tensors_without_stored_numbers_are_refused(tmp_path, tensor):
+    torch.save({"a": tensor}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"neither a state dict|not a file of plain tensors"):
+        read_state(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("content", ["[]", "1", "null", "[" * 10**5, "\0"])
+def test_a_config_that_is_no_object_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json") as caught:
+        read_config(tmp_path / "config.json")
+    message(caught)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -27,9 +28,9 @@ from scripts import cache_latents
 from tests.tiny import ROOT, draws_of, run_script, tiny_config, train_here
 from utils import distributed
 from utils.data import latents
-from utils.data.base import Source
+from utils.data.base import BadImages, Source
 from utils.data.images import u8_to_pm1
-from utils.data.latents import CachedSource, LatentCache, checksum
+from utils.data.latents import CachedSource, CacheMeta, LatentCache, checksum
 from utils.data.registry import open_source
 from utils.data.sampling import collate
 from utils.data.sharded import ShardedFolder
@@ -37,6 +38,7 @@ from utils.data.training import join_cache
 from utils.training.batch import make_batch, to_device
 from utils.training.draws import Draws
 from utils.training.networks import build_networks
+from utils.training.plan import check_run
 
 SCRIPT = "scripts/cache_latents.py"
 NUM = 40
@@ -220,7 +222,7 @@ def test_other_pixels_under_the_same_names_are_refused(images, vae, cache, tmp_p
     assert "made from other images: the pixels of" in text
     again = words(tmp_path, vae, cache, "--hflip", *ENCODER)
     with pytest.MonkeyPatch.context() as patch:  # a random encoder's weights would differ first
-        patch.setattr(ShardedFolder, "check_plan", lambda _: None)
+        patch.setattr(ShardedFolder, "check_plan", lambda *_: None)
         patch.setattr(sys, "argv", [SCRIPT, *again])
         assert "was begun with other images" in refusal(cache_latents.main)
 
@@ -257,6 +259,8 @@ def test_another_vae_is_refused_by_name(images, vae, cache, tmp_path):
     config = config_of(images, tmp_path, cache)
     text = refusal(lambda: one_step(config, images))
     assert "made with another VAE" in text and str(vae) in text and str(tmp_path) in text
+    text = refusal(lambda: check_run(config, 1, assume_data=True))  # also a dry run
+    assert "made with another VAE" in text and str(tmp_path) in text
 
 
 @pytest.mark.parametrize(
@@ -305,9 +309,9 @@ def test_unfinished_other_crop_and_cut_caches_are_refused(images, vae, tmp_path,
     (out / "meta.json").write_text(json.dumps(meta))
     with (out / "latents-00001.npy").open("r+b") as file:
         file.truncate(500)
-    assert "latents-00001.npy is missing or cut short" in refusal(lambda: LatentCache(out))
+    assert "latents-00001.npy is cut short" in refusal(lambda: LatentCache(out))
     (out / "meta.json").unlink()
-    assert "unfinished cache" in refusal(lambda: LatentCache(out))
+    assert "is unfinished: run the same" in refusal(lambda: LatentCache(out))
     assert "no such folder; correct the path" in refusal(lambda: LatentCache(out / "typo"))
     cache_here(monkeypatch, images, vae, out)  # mends both
     assert len(LatentCache(out)) == NUM
@@ -460,5 +464,119 @@ def test_a_cache_that_the_first_version_began_is_finished(images, vae, tmp_path,
     assert (old / "latents-00001.npy").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"moments": [[1.0], [2.0], [3.0]]},
+        {"moments": [[1.0] * 4] * 2},
+        {"moments": []},
+        {},  # fewer checksums
+        {"moments": [[0.0] * 4, [0.0] * 4, [0.0] * 3]},
+    ],
+)
+def test_a_record_of_another_shard_is_refused(images, vae, cache, tmp_path, monkeypatch, changes):
+    out = tmp_path / "c"
+    cache_here(monkeypatch, images, vae, out)
+    record = out / "shard-00001.json"
+    held = json.loads(record.read_text())
+    changes = changes or {"checksums": held["checksums"][:3]}
+    record.write_text(json.dumps(held | changes))
+    with pytest.raises(UserError, match=r"delete (it|shard-00001\.json).*same command again"):
+        cache_here(monkeypatch, images, vae, out)
+
+
 def keys_of(images) -> list[str]:
     return sorted(p.relative_to(images).as_posix() for p in images.rglob("*.png"))
+
+
+BAD_VALUES = [None, True, "x", -1, 2.5, 10**30, [], [1], {}, [[1]], ["x"], [float("nan")] * 4]
+
+
+@pytest.mark.parametrize("key", [declared.name for declared in fields(CacheMeta)])
+def test_a_meta_that_does_not_fit_is_refused(images, vae, cache, tmp_path, key):
+    shutil.copytree(cache, tmp_path / "c")
+    meta = json.loads((cache / "meta.json").read_text())
+    texts, lists = ("vae", "vae_sha256"), ("encoders",)
+    for value in BAD_VALUES:
+        if (key in texts and value == "x") or (key in lists and value == []):
+            continue  # these are other caches, and no bad ones
+        (tmp_path / "c/meta.json").write_text(json.dumps(meta | {key: value}))
+        with pytest.raises(UserError) as error:
+            LatentCache(tmp_path / "c")
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    (tmp_path / "c/meta.json").write_text(json.dumps({k: meta[k] for k in meta if k != key}))
+    with pytest.raises(UserError, match=f"{key} is missing"):
+        LatentCache(tmp_path / "c")
+
+
+@pytest.mark.parametrize("encoder", [7, {}, {"name": "x"}, {"name": 1, "weights": "x"}])
+def test_encoders_of_a_meta_that_do_not_fit_are_refused(cache, tmp_path, encoder):
+    shutil.copytree(cache, tmp_path / "c")
+    meta = json.loads((cache / "meta.json").read_text())
+    (tmp_path / "c/meta.json").write_text(json.dumps(meta | {"encoders": [encoder]}))
+    with pytest.raises(UserError, match=r"meta\.json: encoders\[0\]"):
+        LatentCache(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("checksums.npy", np.zeros(NUM)),
+        ("checksums.npy", np.zeros(NUM + 1, np.uint32)),
+        ("checksums.npy", np.array([{}] * NUM, object)),
+        ("checksums.npy", b""),
+        ("checksums.npy", None),
+        ("keys.txt", b"a\n"),
+        ("keys.txt", b""),
+        ("keys.txt", b"a\n" * NUM),
+        ("keys.txt", None),
+        ("latents-00001.npy", b"text"),
+        ("latents-00001.npy", None),
+        ("latents-00001.npy", np.zeros((16, 2, 2, 4, 8, 8), np.float32)),
+        ("features-0-00002.npy", np.zeros((8, 2, 16, 7), np.float16)),
+        ("meta.json", b"[]"),
+        ("meta.json", b"\xff\xfe"),
+        ("meta.json", None),
+    ],
+    ids=str,
+)
+def test_files_that_no_cache_holds(images, vae, cache, tmp_path, name, content):
+    shutil.copytree(cache, tmp_path / "c")
+    (tmp_path / "c" / name).unlink()
+    if isinstance(content, np.ndarray):
+        np.save(tmp_path / "c" / name, content, allow_pickle=True)
+    elif content is not None:
+        (tmp_path / "c" / name).write_bytes(content)
+    with pytest.raises(UserError, match=name) as error:
+        examples_of(config_of(images, vae, tmp_path / "c"), images)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_cache_is_called_what_it_is(images, vae, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    words = {"file": "a text file", "none": "no such folder", "empty": "not found"}
+    for name, word in words.items():
+        with pytest.raises(UserError, match=word):
+            LatentCache(tmp_path / name)
+
+
+def test_places_for_a_cache_that_are_refused(images, vae, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for out, word in {images / "c": "inside the data", tmp_path / "file": "file"}.items():
+        with pytest.raises(UserError, match=word):
+            cache_here(monkeypatch, images, vae, out)
+
+
+def test_an_image_that_broke_after_the_latents_were_cached(images, vae, cache, tmp_path):
+    """Its place takes another one, with the latents of that one."""
+    shutil.copytree(images, tmp_path / "images")
+    config = config_of(tmp_path / "images", vae, cache, f"encoder.grid={4}", "loss.align.sit=0.5")
+    source = open_source("folder", tmp_path / "images", 16)
+    (source.root / source.key(0)).write_bytes(b"broken")
+    source.bad = BadImages(9)
+    examples = join_cache(config, source)
+    assert examples.pixels
+    for found, expected in zip(examples.take(0), examples.take(1)):
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+    assert [*source.bad.reasons] == [source.key(0)]

@@ -38,7 +38,8 @@ def test_statistics_of_the_checkpoint_and_a_folder_that_survives_a_failed_upload
 
 def test_flags_that_cannot_be_are_refused(tmp_path):
     for words, message in (
-        (["--num", 0], r"--num: .0.: expected a whole number of 1 or more"),
+        (["--num", 0], r"--num: .0.: expected a whole number"),
+        (["--num", 5], "--num 5 needs --data"),
         (["--data", "mnist"], "invalid choice"),
         (["--evaluation", tmp_path / "absent.json"], "expected the --out of"),
     ):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -176,12 +177,12 @@ def test_dry_run_and_full_disk_write_nothing(folder, tmp_path, capsys, monkeypat
 
 
 def test_places_that_are_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="inside SRC"):
+    with pytest.raises(UserError, match="inside the data"):
         pack(folder, folder / "packed")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds other files \(notes\.txt\)"):
         pack(folder, tmp_path)
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match=r"notes\.txt is no folder"):
         pack(folder, tmp_path / "notes.txt")
 
 
@@ -296,10 +297,99 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     """In the command itself, found before its slow imports or after them."""
     command = [sys.executable, str(SCRIPT), "a", "b", "--resolution", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "1 or more" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "least 1" in done.stderr
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "nowhere", "out"])
     with pytest.raises(SystemExit) as end:
         cli.run(prepare_data.main)
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "data.path=nowhere: no such folder" in error
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--workers", "-1"],
+        ["--workers", "1e9"],
+        ["--workers", "nan"],
+        ["--workers", ""],
+        ["--resolution", "0"],
+        ["--resolution", "99999"],
+        ["--resolution", "16.5"],
+        ["--shard-size", "0"],
+        ["--shard-size", "inf"],
+        ["--source", "imagefolder"],
+        ["--source", "synthetic"],
+        ["--source", "packed"],
+        ["--source", "hdf5"],
+        ["more"],
+    ],
+    ids=" ".join,
+)
+def test_options_that_are_refused_write_nothing(folder, tmp_path, options):
+    with pytest.raises(UserError) as error:
+        pack(folder, tmp_path / "out", *options)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_outputs_that_cannot_be_are_refused(folder, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dead").symlink_to("nowhere")
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "lock/.lock").mkdir(parents=True)
+    names = ["loop", "loop/x", "dead", "file/x", "fifo", "link/x", "lock", "x" * 300, "a/" * 2500]
+    for name in names:
+        with pytest.raises(UserError) as error:
+            pack(folder, tmp_path / name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError):
+        pack(folder, "")
+    assert not (tmp_path / "nowhere").exists() and not (folder / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{}",
+        '{"keys": 1, "labels": [], "skipped": []}',
+        '{"keys": ["a"], "labels": [1, 2], "skipped": []}',
+        '{"keys": ["a"], "labels": [1], "skipped": []}',
+        '{"keys": [1, 2, 3, 4, 5], "labels": [0, 0, 0, 0, 0], "skipped": []}',
+        '{"keys": ["a", "b", "c", "d", "e"], "labels": [0, 0, 0, 0, -1], "skipped": []}',
+        '{"keys": ["a", "b", "c", "d", "e"], "labels": [0, 0, 0, 0, 9], "skipped": []}',
+        '{"keys": ["a", "b", "c", "d", "e"], "labels": [0, 0, 0, 0, 0], "skipped": [["a"]]}',
+    ],
+)
+def test_records_that_do_not_fit_are_refused(folder, packed, tmp_path, record):
+    out = tmp_path / "out"
+    shutil.copytree(packed, out)
+    (out / "meta.json").unlink()
+    (out / "shard-00000.json").write_text(record)
+    with pytest.raises(UserError) as error:
+        pack(folder, out)
+    assert "\n" not in str(error.value) and not (out / "meta.json").exists()
+
+
+def test_a_class_of_which_nothing_is_readable_is_no_class(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "src")
+    for path in (tmp_path / "src/class5").iterdir():
+        path.write_bytes(b"broken")
+    pack(tmp_path / "src", tmp_path / "out")
+    source = open_source("packed", tmp_path / "out", 16)
+    assert source.classes == ["class0", "class10"] and source.notes
+    assert {y for _, y in source} == {0, 1}
+
+
+def test_bombs_are_skipped_by_their_headers(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "src")
+    Image.new("1", (1, 600_000)).save(tmp_path / "src/class0/narrow.png")
+    head = (tmp_path / "src/class0/narrow.png").read_bytes()[:16]
+    sides = (60_000).to_bytes(4, "big") * 2
+    body = b"IHDR" + sides + bytes([8, 0, 0, 0, 0])
+    content = head[:12] + body + zlib.crc32(body).to_bytes(4, "big") + b"\0\0\0\x09IDAT"
+    (tmp_path / "src/class0/square.png").write_bytes(content + bytes(99))
+    pack(tmp_path / "src", tmp_path / "out")
+    lines = (tmp_path / "out/skipped.txt").read_text()
+    assert "class0/narrow.png\t1 x 600000" in lines and "class0/square.png\tImage size" in lines

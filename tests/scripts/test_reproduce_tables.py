@@ -44,7 +44,7 @@ def test_a_mistake_is_one_line_with_the_nearest_name(words, said, monkeypatch, c
 
 
 def test_list_and_show_print_and_write_the_tables(monkeypatch, capsys, tmp_path):
-    results = ("--results", tmp_path / "none")
+    results = ("--results", tmp_path)  # holds no record
     assert call(monkeypatch, "list", *results) == 0
     assert "  7/init-400k " in capsys.readouterr().out
     assert call(monkeypatch, "show", "--table", "7", *results) == 0

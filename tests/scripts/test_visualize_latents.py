@@ -279,9 +279,9 @@ def test_refusals_of_progress(run_dir, tmp_path):
         progress(out, "--run", tmp_path)
     with pytest.raises(UserError, match="has no sit_ema/"):
         progress(out, tmp_path)
-    with pytest.raises(UserError, match="is not as it was saved"):
+    with pytest.raises(UserError, match="expected a SiT"):
         progress(out, run_dir / "checkpoints/0000008")
-    with pytest.raises(UserError, match="must be at least 0 and at most 1"):
+    with pytest.raises(UserError, match="at least 0 and at most 1"):
         progress(out, folder, "--guidance-low", 2)
     fill(tmp_path / "three", 0, num_classes=3)
     with pytest.raises(UserError, match="know 3, 5 classes"):

@@ -2,10 +2,11 @@
 
 A setting is named by its path: `vae.optim.lr` is the field `lr` of the `optim` of `VaeConfig`.
 The defaults are the published recipe of REPA-E on ImageNet-256. utils/config/validate.py checks the
-ranges, and which settings cannot be used together.
+ranges, and which settings cannot be used together; utils/config/resuming.py says which ones a
+resumed run may change. Upper ends of ranges keep a slip of the finger from taking all memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,21 @@ from typing import Any, Literal
 from loss.interpolant import PATHS
 from models.errors import UserError
 from models.sizes import SIZES
-from utils.config.ranges import number
+from utils.records import Range, number
 from utils.samplers import SOLVERS
+
+MOST_STEPS = 10**9
+
+
+def choice(default: str, names: Iterable[str]) -> Any:
+    """A text that is one of `names`."""
+    return field(default=default, metadata={"choices": tuple(names)})
+
+
+def path_or(default: str | None, prefix: str = "") -> Any:
+    """A text that is a path, or may be one: `~` and `$VARIABLES` in it are expanded when it is
+    read. A path may stand behind what the regular expression `prefix` matches."""
+    return field(default=default, metadata={"path": prefix})
 
 
 @dataclass
@@ -34,25 +48,25 @@ class OptimConfig:
     # Largest gradient norm of this network; larger gradients are scaled down. 0 = no clipping.
     clip: float = number(1.0, at_least=0)
     # Number of steps in which the learning rate rises linearly to `lr`. 0 = no warm-up.
-    warmup_steps: int = number(0, at_least=0)
+    warmup_steps: int = number(0, at_least=0, at_most=MOST_STEPS)
 
 
 @dataclass
 class RunConfig:
     """The run: its length, its precision, its folder and what it writes."""
 
-    # The run writes everything to the folder `out`/`name`.
+    # The run writes everything to the folder `out`/`name`; a name has no "/".
     name: str = "repae"
     # Parent folder of all runs.
-    out: str = "exps"
+    out: str = path_or("exps")
     # Seed of the initial weights, the order of the data, and every random number of training.
-    seed: int = number(0, at_least=0)
+    seed: int = number(0, at_least=0, at_most=2**63 - 1)
     # Number of optimizer steps. 400,000 steps of 256 images are 80 epochs of ImageNet.
-    steps: int = number(400_000, at_least=1)
+    steps: int = number(400_000, at_least=1, at_most=MOST_STEPS)
     # Images in one optimizer step, counted over all ranks and micro-batches.
-    batch_size: int = number(256, at_least=1)
+    batch_size: int = number(256, at_least=1, at_most=10**6)
     # Number of micro-batches into which each rank cuts its images of one optimizer step.
-    accumulation: int = number(1, at_least=1)
+    accumulation: int = number(1, at_least=1, at_most=10**6)
     # Number format of the forward passes (autocast). The weights are float32 in any case.
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     # true = allow TF32 in the float32 operations that remain, on GPUs that have it.
@@ -64,17 +78,33 @@ class RunConfig:
     # true = channels-last (NHWC) convolutions in the VAE, the discriminator and LPIPS.
     channels_last: bool = False
     # auto = continue from this run's newest complete checkpoint; never; or a checkpoint folder.
-    resume: str = "auto"
-    # Checkpoint folder whose weights a new run starts with. null = none.
-    init_from: str | None = None
+    resume: str = path_or("auto")
+    # Checkpoint folder whose weights a new run starts with. null = none. vae.name is then that of
+    # its VAE, if not given, and vae.weights is null; a disc.weights that is given comes first.
+    init_from: str | None = path_or(None)
+    # Names of settings, e.g. [vae.optim.lr], that a resumed run may change although they change it.
+    allow_change: list[str] = field(default_factory=list)
+    # What follows a loss or gradient that is not finite: stop = end the run, exit code 1; skip =
+    # leave out that update; rollback = go back to the newest checkpoint and leave out that step.
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    # Number of skips or rollbacks, and of updates that fp16 skips in a row, after which a run ends.
+    max_nonfinite: int = number(20, at_least=1, at_most=MOST_STEPS)
+    # Numbers of steps (0-based) that are left out: known to be bad, or an exact resume meets them.
+    skip_steps: list[int] = field(
+        default_factory=list, metadata={"range": Range(at_least=0, at_most=MOST_STEPS)}
+    )
+    # Minutes that a rank waits for another one before the run ends and names the missing rank.
+    rank_timeout: float = number(10.0, above=0, at_most=10_000)
+    # Minutes that the end of the run waits for room on a full disk before its last save fails.
+    disk_wait: float = number(10.0, at_least=0, at_most=10_000)
     # Number of steps between two log lines. A line holds the averages over these steps.
-    log_every: int = number(100, at_least=1)
+    log_every: int = number(100, at_least=1, at_most=MOST_STEPS)
     # Number of steps between two checkpoints.
-    save_every: int = number(10_000, at_least=1)
+    save_every: int = number(10_000, at_least=1, at_most=MOST_STEPS)
     # Number of newest checkpoints that are kept.
-    keep_last: int = number(3, at_least=1)
+    keep_last: int = number(3, at_least=1, at_most=MOST_STEPS)
     # Checkpoints at multiples of this number of steps are never deleted. 0 = no such checkpoints.
-    milestone_every: int = number(100_000, at_least=0)
+    milestone_every: int = number(100_000, at_least=0, at_most=MOST_STEPS)
     # Where curves are written beside metrics.jsonl: tensorboard, wandb. [] = nowhere.
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
@@ -86,19 +116,21 @@ class DataConfig:
     # Kind of data: a name in utils/data/registry.py.
     source: str = "packed"
     # Folder of the data. null for data that come with the code.
-    path: str | None = None
+    path: str | None = path_or(None)
     # Folder written by scripts/cache_latents.py; the frozen VAE is then not run. null = no cache.
-    latents: str | None = None
+    latents: str | None = path_or(None)
     # Part of the data, if the source has parts: train or test of the digits. all = everything.
     split: str = "all"
     # Height and width of the images, in pixels.
-    resolution: int = number(256, at_least=1)
+    resolution: int = number(256, at_least=1, at_most=8192)
     # Number of classes that the data must have. null = accept whatever number it has.
-    num_classes: int | None = number(None, at_least=1)
+    num_classes: int | None = number(None, at_least=1, at_most=10**6)
     # true = mirror half of the images. The published recipe does not.
     hflip: bool = False
+    # Number of unreadable images of a folder that are replaced by others before the run stops.
+    max_bad_images: int = number(100, at_least=0, at_most=MOST_STEPS)
     # Loader processes of each rank. 0 = load in the training process.
-    workers: int = number(8, at_least=0)
+    workers: int = number(8, at_least=0, at_most=128)
 
 
 @dataclass
@@ -106,9 +138,10 @@ class VaeConfig:
     """The autoencoder."""
 
     # Short name (models/vae_families.py), hub id, diffusers folder or CompVis .pt file.
-    name: str = "sdvae"
-    # hub = the published weights; a folder or file; null = random weights (from scratch).
-    weights: str | None = "hub"
+    name: str = path_or("sdvae")
+    # hub = the published weights; a folder or file; null = those of run.init_from, or without it
+    # random weights (from scratch).
+    weights: str | None = path_or("hub")
     # true = REPA-E, which trains it. false = frozen, as in REPA and plain SiT.
     train: bool = True
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -119,15 +152,15 @@ class SitConfig:
     """The diffusion transformer. depth, hidden_size, num_heads and patch_size override `size`."""
 
     # SiT-{S,B,L,XL}/{1,2,4,8}: one of the published shapes; the number is the patch size.
-    size: str = "SiT-XL/2"
+    size: str = choice("SiT-XL/2", SIZES)
     # Number of blocks. null = that of `size`.
-    depth: int | None = number(None, at_least=1)
+    depth: int | None = number(None, at_least=1, at_most=512)
     # Width D of the tokens, a multiple of 4 x num_heads. null = that of `size`.
-    hidden_size: int | None = number(None, at_least=1)
+    hidden_size: int | None = number(None, at_least=1, at_most=32_768)
     # Number of attention heads. null = that of `size`.
-    num_heads: int | None = number(None, at_least=1)
+    num_heads: int | None = number(None, at_least=1, at_most=1024)
     # Height and width of a patch, in latent pixels. null = that of `size`.
-    patch_size: int | None = number(None, at_least=1)
+    patch_size: int | None = number(None, at_least=1, at_most=1024)
     # true = normalise queries and keys.
     qk_norm: bool = False
     # Share of the labels replaced by the null label. 0 = no null label, hence no guidance.
@@ -135,7 +168,7 @@ class SitConfig:
     # mlp = three linear layers, as published; conv = one 3x3 convolution, as in iREPA.
     projector: Literal["mlp", "conv"] = "mlp"
     # Width of the two hidden layers of the mlp projector.
-    projector_dim: int = number(2048, at_least=1)
+    projector_dim: int = number(2048, at_least=1, at_most=65_536)
     # The optimizer of the SiT and its projectors.
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -145,15 +178,16 @@ class DiscConfig:
     """The PatchGAN discriminator of the GAN loss."""
 
     # Number of its convolutions of stride 2, each of which halves the image.
-    layers: int = number(3, at_least=1)
+    layers: int = number(3, at_least=1, at_most=10)
     # Channels of its first convolution.
-    channels: int = number(64, at_least=1)
+    channels: int = number(64, at_least=1, at_most=1024)
     # batch norm, as published, or group norm: micro-batches then give the whole batch's gradient.
     norm: Literal["batch", "group"] = "batch"
     # First steps, of run.steps, that train it alone, on reconstructions of the initial VAE.
-    pretrain_steps: int = number(0, at_least=0)
-    # A safetensors file, or a published -discriminator-ckpt.pt. null = random weights.
-    weights: str | None = None
+    pretrain_steps: int = number(0, at_least=0, at_most=MOST_STEPS)
+    # A safetensors file, or a published -discriminator-ckpt.pt. null = that of run.init_from, or
+    # without it random weights.
+    weights: str | None = path_or(None)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
@@ -164,7 +198,7 @@ class LatentNormConfig:
     # false = normalise by the statistics of the initial VAE, which are never updated.
     enabled: bool = True
     # Number of images on which these statistics are measured if the initial VAE has none.
-    stats_images: int = number(4096, at_least=1)
+    stats_images: int = number(4096, at_least=1, at_most=10**9)
 
 
 @dataclass
@@ -174,9 +208,9 @@ class EncoderConfig:
     # Short names (models/encoders.py), or timm:NAME.
     names: list[str] = field(default_factory=lambda: ["dinov2-b"])
     # A weight file (or null = the published one) for each name. [] = the published ones.
-    weights: list[str | None] = field(default_factory=list)
+    weights: list[str | None] = field(default_factory=list, metadata={"path": ""})
     # Feature tokens per side of the image. null = data.resolution / 16.
-    grid: int | None = number(None, at_least=1)
+    grid: int | None = number(None, at_least=1, at_most=1024)
     # true = read their features from the cache data.latents; no encoder is loaded.
     cached: bool = False
 
@@ -186,11 +220,11 @@ class DiffusionConfig:
     """The diffusion loss L_DIFF. Its weight in the SiT phase is 1."""
 
     # Interpolant between data and noise (loss/interpolant.py).
-    path: Literal[tuple(PATHS)] = "linear"
+    path: str = choice("linear", PATHS)
     # Distribution of the time t.
     time: Literal["uniform", "lognormal"] = "uniform"
     # Weight of L_DIFF in the VAE's loss. 0 = the paper's stop-gradient; 1 = naive, which collapses.
-    vae: float = number(0.0, at_least=0)
+    vae: float = number(0.0, at_least=0, at_most=1e6)
 
 
 @dataclass
@@ -198,11 +232,11 @@ class AlignConfig:
     """The alignment loss L_REPA. If both weights are 0, no encoder is loaded."""
 
     # Weight of L_REPA in the loss of the SiT.
-    sit: float = number(0.5, at_least=0)
+    sit: float = number(0.5, at_least=0, at_most=1e6)
     # Weight of L_REPA in the loss of the VAE.
-    vae: float = number(1.5, at_least=0)
+    vae: float = number(1.5, at_least=0, at_most=1e6)
     # Number of the SiT block (the first is 1) whose output is aligned.
-    depth: int = number(8, at_least=1)
+    depth: int = number(8, at_least=1, at_most=512)
     # iREPA: 0.6 = share of the mean taken off features before division by their std. 0 = neither.
     spatial_norm: float = number(0.0, at_least=0, at_most=1)
 
@@ -212,23 +246,23 @@ class RegConfig:
     """The VAE's own loss L_REG. A term of weight 0 is not computed, nor anything loaded for it."""
 
     # Weight of the pixel loss, averaged over pixels.
-    pixel: float = number(1.0, at_least=0)
+    pixel: float = number(1.0, at_least=0, at_most=1e6)
     # l1 = absolute error, as in the published runs; mse = squared error, as in the paper's text.
     pixel_kind: Literal["l1", "mse"] = "l1"
     # Weight of LPIPS (VGG-16).
-    lpips: float = number(1.0, at_least=0)
+    lpips: float = number(1.0, at_least=0, at_most=1e6)
     # torchvision's weight file of VGG-16. null = the one in the cache of torch.hub.
-    lpips_weights: str | None = None
+    lpips_weights: str | None = path_or(None)
     # true = VGG sees [-3, 1] instead of [-1, 1], as in the published runs.
     lpips_double_scaling: bool = False
     # Weight of the KL divergence, summed over the latent and averaged over images.
-    kl: float = number(1e-6, at_least=0)
+    kl: float = number(1e-6, at_least=0, at_most=1e6)
     # Weight of the generator's GAN loss, fixed. 0 = no discriminator.
-    gan: float = number(0.1, at_least=0)
+    gan: float = number(0.1, at_least=0, at_most=1e6)
     # First step, after disc.pretrain_steps, with a GAN term. The discriminator learns from step 0.
-    gan_start: int = number(0, at_least=0)
+    gan_start: int = number(0, at_least=0, at_most=MOST_STEPS)
     # Weight of the LeCam regularisation in the discriminator's loss.
-    lecam: float = number(0.0, at_least=0)
+    lecam: float = number(0.0, at_least=0, at_most=1e6)
 
 
 @dataclass
@@ -256,15 +290,15 @@ class PreviewConfig:
     utils/sampling/settings.py, and reconstructions."""
 
     # Number of steps between two previews. 0 = none.
-    every: int = number(10_000, at_least=0)
+    every: int = number(10_000, at_least=0, at_most=MOST_STEPS)
     # Number of images. Their noise and labels are the same in every preview.
-    num: int = number(64, at_least=1)
+    num: int = number(64, at_least=1, at_most=10_000)
     # Solver (utils/samplers.py).
-    solver: Literal[tuple(SOLVERS)] = "ode-ab2"
+    solver: str = choice("ode-ab2", SOLVERS)
     # Number of steps of the solver.
-    steps: int = number(50, at_least=1)
+    steps: int = number(50, at_least=1, at_most=10_000)
     # Scale of classifier-free guidance. 1 = no guidance.
-    cfg_scale: float = number(2.0, at_least=0)
+    cfg_scale: float = number(2.0, at_least=0, at_most=1000)
 
 
 @dataclass
@@ -273,41 +307,25 @@ class EvalConfig:
     at the defaults of utils/sampling/settings.py."""
 
     # Number of steps between two evaluations. 0 = none.
-    every: int = number(0, at_least=0)
+    every: int = number(0, at_least=0, at_most=MOST_STEPS)
     # Number of generated images. It is part of each metric's name: few images, larger distance.
-    num: int = number(1000, at_least=1)
+    num: int = number(1000, at_least=1, at_most=10**6)
     # Reference images or statistics, as in evaluate_fid.py --reference. null = training images.
-    reference: str | None = None
+    reference: str | None = path_or(None, r"\w+:")
     # Network whose features are compared: inception, dinov2, timm:NAME[@FILE] or pixel.
-    features: str = "inception"
+    features: str = path_or("inception", "[^@]*@")
     # Weight file of inception or dinov2. null = the usual place.
-    weights: str | None = None
+    weights: str | None = path_or(None)
     # Names of metrics (utils/evaluation/metrics.py).
     metrics: list[str] = field(default_factory=lambda: ["fid"])
     # Images per rank and network call.
-    batch_size: int = number(50, at_least=1)
+    batch_size: int = number(50, at_least=1, at_most=10**5)
     # Solver (utils/samplers.py).
-    solver: Literal[tuple(SOLVERS)] = "ode-ab2"
+    solver: str = choice("ode-ab2", SOLVERS)
     # Number of steps of the solver.
-    steps: int = number(50, at_least=1)
+    steps: int = number(50, at_least=1, at_most=10_000)
     # Scale of classifier-free guidance. 1 = no guidance.
-    cfg_scale: float = number(1.0, at_least=0)
-
-
-# Settings that change the machine, the length or the reports of a run, but not what is learned up
-# to a given step, by section; None = the whole section. Runs that differ in these alone count as
-# repetitions of the same experiment (utils/paper/measured.py).
-WITHOUT_EFFECT: dict[str, set[str] | None] = {
-    "run": {
-        *("name", "out", "seed", "steps", "accumulation", "compile", "gradient_checkpointing"),
-        *("channels_last", "resume", "log_every", "save_every", "keep_last", "milestone_every"),
-        "trackers",
-    },
-    "data": {"source", "path", "workers", "latents"},
-    "encoder": {"cached"},
-    "preview": None,
-    "eval": None,
-}
+    cfg_scale: float = number(1.0, at_least=0, at_most=1000)
 
 
 @dataclass

@@ -3,13 +3,16 @@
 Whether the shapes of the networks fit each other and the data is checked in utils/training/plan.py.
 """
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 
-from models.sizes import SIZES
+from utils.cli import LONGEST_NAME
+from utils.config.resuming import CLASSES, STARTING, is_in
 from utils.config.schema import Config, all_settings
+from utils.files import is_one_line
 from utils.samplers import least_steps
 
 TRACKERS = ("tensorboard", "wandb")
@@ -28,26 +31,52 @@ def config_errors(config: Config) -> list[str]:
 def _range_errors(config: Config) -> Iterator[str]:
     for name, declared, value in all_settings(config):
         allowed = declared.metadata.get("range")
-        if allowed is not None and value is not None and value not in allowed:
-            yield f"{name}={value} must be {'' if isfinite(value) else 'finite, '}{allowed}"
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        for each in values if allowed else []:
+            if each not in allowed:
+                yield f"{name}={each} must be {'' if isfinite(each) else 'finite, '}{allowed}"
 
 
 def _value_errors(config: Config) -> Iterator[str]:
-    """Values outside a list (short lists are `Literal` types), and names of what is not here."""
+    """Names of what is not here, and values that are none for another reason than their range."""
     for name in config.run.trackers:
         if name not in TRACKERS:
             yield f"run.trackers: {name} is unknown, choose from {', '.join(TRACKERS)}"
         elif find_spec(name) is None:
             yield f"run.trackers: {name} is not installed: pip install {name}"
-    origin = config.run.init_from
-    if origin is not None and not (Path(origin) / "sit" / "config.json").is_file():
-        yield f"run.init_from={origin} is no checkpoint folder: it has no sit/config.json"
-    if config.sit.size not in SIZES:
-        yield f"sit.size={config.sit.size}: choose one of {', '.join(SIZES)}"
+    names = [CLASSES, *(name for name, *_ in all_settings(config))]
+    for name in config.run.allow_change:
+        if name not in names:
+            yield f"run.allow_change: no setting is called {name}; write names as vae.optim.lr"
+        elif is_in(name, STARTING):
+            yield f"run.allow_change: {name} has its effect at the start of a run alone: remove it"
+    yield from _folder_errors(config)
     for name, section in (("preview", config.preview), ("eval", config.eval)):
         least = least_steps(section.solver)
         if 1 <= section.steps < least:  # less than 1 is out of range anyway
             yield f"{name}.steps={section.steps} must be at least {least} for {section.solver}"
+
+
+def _folder_errors(config: Config) -> Iterator[str]:
+    """A name that is no folder's, a file where a folder must be, an origin that is no checkpoint
+    although it is needed."""
+    run, name = config.run, config.run.name
+    if "/" in name:
+        yield f"run.name={name} must not contain '/': run.out is the folder that holds the runs"
+    elif name in ("", ".", "..") or name != name.strip() or not is_one_line(name):
+        yield f"run.name={name!r} must be a name for a folder, without blanks at its ends"
+    elif len(name.encode()) > LONGEST_NAME:
+        yield f"run.name={name[:40]}... is too long: at most {LONGEST_NAME} bytes"
+    else:
+        above = (config.run_dir.absolute(), *config.run_dir.absolute().parents)
+        there = next(place for place in above if os.path.lexists(place))
+        if not os.path.isdir(there):
+            yield f"run.out={run.out}: {there} is no folder: choose another run.out"
+        # a run that goes on does not read its origin again
+        started = any((config.run_dir / "checkpoints").glob("[0-9]*"))
+        origin = None if started or run.resume not in ("auto", "never") else run.init_from
+        if origin is not None and not os.path.isfile(Path(origin) / "sit" / "config.json"):
+            yield f"run.init_from={origin} is no checkpoint folder: it has no sit/config.json"
 
 
 def _network_errors(config: Config) -> Iterator[str]:
@@ -60,7 +89,7 @@ def _network_errors(config: Config) -> Iterator[str]:
     if vae.train and latents is not None:
         yield (f"data.latents={latents} is a cache of a frozen VAE's latents: set vae.train=false, "
                "or data.latents=null")  # fmt: skip
-    if not vae.train and vae.weights is None:
+    if not vae.train and vae.weights is None and config.run.init_from is None:
         yield ("vae.weights=null with vae.train=false would train on the latents of random "
                "weights: set vae.weights, or vae.train=true")  # fmt: skip
     if not vae.train and diffusion > 0:

@@ -1,6 +1,7 @@
 """Images for training and evaluation: where they come from, and how a step gets its batch.
 
-base.py          `Source`, the class that every data source extends; fingerprints of content
+base.py          `Source`, the class that every data source extends; class numbers, broken images,
+                 fingerprints of content
 registry.py      every source by its name; opening one, also from command-line arguments
 folder.py        images in a folder, one subfolder for each class
 packed.py        raw pixels packed by scripts/prepare_data.py: the reader and the writer

@@ -1,15 +1,50 @@
-"""What every data source must offer: the class `Source`."""
+"""What every data source must offer: the class `Source`; class numbers; images that are broken."""
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
-from models.errors import UserError
+from models.errors import UserError, read_json
+from utils.data.images import ImageFileError
 from utils.files import TEXT
+
+MOST_CLASSES = 1_000_000  # a larger label is no class number
+MOST_IN_A_ROW = 100  # unreadable images, over the limit, before one is no longer replaced
+TRIED = 8  # items of which one must be readable before a run starts
+SHOWN_CLASSES = 5  # whose names stand in a line about the data
+
+
+class BadImages:
+    """The images of a source that this process found unreadable: each is named once, in a line of
+    its own. `error` is the `UserError` to stop with once they are more than `most`."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.reasons: dict[str, str] = {}  # of each image, by its key
+        self.error: UserError | None = None
+
+    def add(self, found: Mapping[str, str]) -> None:
+        """Note these images and why they cannot be read."""
+        for key, reason in found.items():
+            if key in self.reasons:
+                continue
+            self.reasons[key] = reason
+            number = f"{len(self.reasons)} of at most {self.most}"
+            text = f"warning: {printable(key)} cannot be read ({reason}); another image takes its"
+            tqdm.write(f"{text} place ({number}: data.max_bad_images)", file=sys.stderr)
+        if len(self.reasons) > self.most:
+            last = printable(next(reversed(self.reasons)))
+            self.error = UserError(
+                f"{len(self.reasons)} images cannot be read, more than data.max_bad_images="
+                f"{self.most}; the last: {last}; repair or remove them, pack the data "
+                "(scripts/prepare_data.py leaves them out), or raise the limit"
+            )
 
 
 class Source(ABC):
@@ -31,6 +66,10 @@ class Source(ABC):
     # (N,) int64, if the labels are known without reading the images; set it if you can: cached
     # latents then need no image, and packing reads each image once.
     labels: np.ndarray | None = None
+    # what a user should know of these data, a sentence each; `describe` has the numbers
+    notes: Sequence[str] = ()
+    # the unreadable images so far, if others are to take their place; None = they are errors
+    bad: BadImages | None = None
 
     def __init__(self, root: Path | None, resolution: int, split: str = "all") -> None:
         """Open the data; `UserError` if they are not there or cannot be used."""
@@ -41,6 +80,7 @@ class Source(ABC):
         return len(self.classes)
 
     def __len__(self) -> int:
+        assert self.labels is not None, "a source without labels defines __len__"
         return len(self.labels)
 
     @abstractmethod
@@ -48,6 +88,41 @@ class Source(ABC):
         """Image i as a (3, resolution, resolution) uint8 tensor, and its label, from 0 to
         num_classes - 1. Any memory layout will do; a view of (H, W, 3) memory is the fastest.
         `UnreadableImageError` if the image is broken."""
+
+    def read(self, i: int) -> tuple[tuple, dict[str, str]]:
+        """Item i and {}. If it cannot be read and `bad` is set: the next item that can be, which is
+        a function of i alone, and the keys and reasons of those between, for `bad.add`."""
+        if self.bad is None:
+            return self[i], {}
+        found: dict[str, str] = {}
+        while True:
+            j = (i + len(found)) % len(self)
+            try:
+                return self[j], found
+            except ImageFileError as error:
+                found[self.key(j)] = error.reason
+                if len(found) > self.bad.most + MOST_IN_A_ROW or len(found) == len(self):
+                    raise
+
+    def take(self, i: int) -> tuple:
+        """Item i, or the one that takes its place, which is noted in `bad`. For the process that
+        owns this source, not for a worker."""
+        item, found = self.read(i)
+        if found and self.bad is not None:
+            self.bad.add(found)
+        return item
+
+    def try_some(self) -> None:
+        """`UserError` if none of some items, evenly spaced over the data, can be read."""
+        error = None
+        for i in np.linspace(0, len(self) - 1, min(TRIED, len(self)), dtype=int).tolist():
+            try:
+                self[i]
+                return
+            except ImageFileError as found:
+                error = error or found
+        if error is not None:
+            raise error
 
     @abstractmethod
     def key(self, i: int) -> str:
@@ -79,6 +154,95 @@ class Source(ABC):
         return hash_images(size, (self[i][0].permute(1, 2, 0).numpy() for i in range(len(self))))
 
 
+def describe(source: Source) -> str:
+    """The images, the number of classes and the names of the first ones, in a line."""
+    names = [printable(name) for name in source.classes[:SHOWN_CLASSES]]
+    more = ", ..." if source.num_classes > len(names) else ""
+    classes = "1 class" if source.num_classes == 1 else f"{source.num_classes:,} classes"
+    return f"{len(source):,} images of {classes}: {', '.join(names)}{more}"
+
+
+def cautions(source: Source) -> list[str]:
+    """Sentences to be said as warnings at the start: the notes, and a word on a single class."""
+    notes = list(source.notes)
+    if source.num_classes == 1:
+        notes.append(
+            "all images are one class: guidance does next to nothing; if there should be more, "
+            "data.path must be the folder that holds the class folders"
+        )
+    return notes
+
+
+def printable(name: str) -> str:
+    """A name that may hold line breaks or bytes that are no UTF-8, as it can be printed."""
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
+# --------------------------------------------------------------------------------------
+# Class numbers.
+
+
+def number_classes(
+    labels: np.ndarray, names: Sequence[str] | None, where: object
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """Labels (N,) int64 as class numbers 0, 1, ... without a gap, the names of these classes, and
+    notes for `Source.notes`: a class without an image would be sampled but never trained.
+
+    `names`: of label 0, 1, ...; None = the labels are the names. `where`: their file. `UserError`
+    for a label that is out of range.
+    """
+    end = MOST_CLASSES if names is None else len(names)
+    wrong = labels[(labels < 0) | (labels >= end)]
+    if len(wrong):
+        text = f"{where} holds the label {wrong[0]}: expected 0 .. {end - 1}"
+        raise UserError(f"{text}; correct the labels")
+    used = np.unique(labels)
+    classes = [str(label) if names is None else str(names[label]) for label in used.tolist()]
+    if len(set(classes)) < len(classes):
+        double = next(name for name in classes if classes.count(name) > 1)
+        raise UserError(f"{where}: two classes are called {printable(double)}; rename one")
+    if len(used) == (int(used[-1]) + 1 if names is None else end):
+        return labels, classes, []
+    without = next(label for label, found in enumerate([*used.tolist(), -1]) if label != found)
+    note = (
+        f"{where}: no image has the label {without}; the {len(used)} labels in use, {used[0]} .. "
+        f"{used[-1]}, are numbered 0 .. {len(used) - 1} in their order"
+    )
+    return np.searchsorted(used, labels), classes, [note]
+
+
+def read_labels(path: Path, names: Sequence[str]) -> np.ndarray:
+    """(N,) int64: the label of each image in `names`, from a dataset.json {"labels": [[name,
+    label], ...]}; zeros for {"labels": null}. `UserError` if one is missing or is no class."""
+    record = read_json(path, "repair or remove it")
+    if not isinstance(record, dict) or "labels" not in record:
+        raise UserError(f'{path} holds no "labels": expected {{"labels": [[name, label], ...]}}')
+    pairs, by_name = record["labels"], {}
+    if pairs is None:
+        return np.zeros(len(names), dtype=np.int64)
+    for i, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
+        if not (isinstance(pair, list) and [*map(type, pair)] == [str, int]):
+            text = f"{path}: labels[{i}]={str(pair)[:60]}: expected [name, label], the label a"
+            raise UserError(f"{text} whole number; correct it")
+        name, label = pair[0].replace("\\", "/"), pair[1]
+        if not 0 <= label < MOST_CLASSES:
+            text = f"{path}: label {str(label)[:30]} of {printable(name)}: expected"
+            raise UserError(f"{text} 0 .. {MOST_CLASSES - 1}; correct it")
+        if by_name.setdefault(name, label) != label:
+            text = f"{path} holds two labels of {printable(name)}, {by_name[name]} and {label}"
+            raise UserError(f"{text}; correct it")
+    missing = [name for name in names if name.replace("\\", "/") not in by_name]
+    if missing:
+        text = f"{path} has no label for {printable(missing[0])} ({len(missing)} such of"
+        text = f"{text} {len(names)} images)"
+        raise UserError(f"{text}; complete it, or set labels to null for one class")
+    return np.array([by_name[name.replace("\\", "/")] for name in names], dtype=np.int64)
+
+
+# --------------------------------------------------------------------------------------
+# Fingerprints and names.
+
+
 def hash_lines(lines: Iterable[str]) -> str:
     """sha256 of strings, each closed by a zero byte."""
     return hashlib.sha256(b"".join(f"{line}\0".encode(*TEXT) for line in lines)).hexdigest()
@@ -89,7 +253,7 @@ def hash_images(size: tuple[int, int], images: Iterable[np.ndarray]) -> str:
     (n, H, W, 3), in order: the same for the same images, however they are stored."""
     digest = hashlib.sha256(f"{size[0]}x{size[1]}".encode())
     for image in images:
-        digest.update(np.ascontiguousarray(image))
+        digest.update(np.ascontiguousarray(image).data)
     return digest.hexdigest()
 
 

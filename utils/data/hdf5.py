@@ -1,20 +1,23 @@
 """The official REPA-E data layout: images.h5 with encoded images, and labels beside it."""
 
 import io
+import itertools
 import multiprocessing
 import os
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from models.errors import UserError
-from utils.data.base import Names, Source
-from utils.data.folder import is_image_name
-from utils.data.images import read_image
-from utils.files import read_json
+from models.errors import UserError, convert, read_json, what_is
+from utils.data.base import Names, Source, number_classes, printable, read_labels
+from utils.data.folder import LABELS, is_image_name
+from utils.data.images import ImageFileError, UnreadableImageError, read_image
+
+LARGEST_FILE = 2**29  # bytes of one encoded image
+TRIED = 8  # names that are looked up at the start
 
 
 class Hdf5Source(Source):
@@ -25,22 +28,25 @@ class Hdf5Source(Source):
     still fork (any but a worker) opens and closes the file for every image.
     """
 
+    labels: np.ndarray
+
     def __init__(self, root: Path, resolution: int, split: str = "all") -> None:
         _import_h5py()
         super().__init__(root, resolution)
         self._images = root / "images.h5"
-        layout = "the layout is images.h5, images_h5.json and dataset.json"
-        if not self._images.is_file():
-            raise UserError(f"{self._images} not found; {layout}")
-        listed = read_json(root / "images_h5.json", layout)
-        names = sorted(name for name in listed if is_image_name(Path(name).name))
-        if not names:
-            raise UserError(f"{root / 'images_h5.json'} names no images; {layout}")
-        pairs = read_json(root / "dataset.json", layout).get("labels")
-        self.labels = _join_labels(names, pairs, root / "dataset.json")
-        self.classes = [str(label) for label in range(int(self.labels.max()) + 1)]
-        self._names = Names(names)
         self._file, self._pid = None, None
+        layout = f"the layout is images.h5, images_h5.json and {LABELS}"
+        if not os.path.isfile(self._images):
+            found = what_is(self._images)
+            why = "not found" if found == "absent" else f"is {found}, expected an HDF5 file"
+            raise UserError(f"{self._images} {why}; {layout}")
+        names = _listed_names(root / "images_h5.json", layout)
+        labels = read_labels(root / LABELS, names)
+        self.labels, self.classes, self.notes = number_classes(labels, None, root / LABELS)
+        self._names = Names(names)
+        with self._open() as file:
+            for i in np.linspace(0, len(names) - 1, min(TRIED, len(names)), dtype=int).tolist():
+                self._find(file, names[i])
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_file": None}
@@ -60,18 +66,48 @@ class Hdf5Source(Source):
         yield self._images.stat().st_size
 
     def _read(self, name: str) -> bytes:
+        """The encoded bytes; `UnreadableImageError` if they are none."""
         with self._open() as file:
-            if name not in file:
-                text = f"{name} is listed in images_h5.json but missing in {self._images}"
-                raise UserError(f"{text}; the two files do not belong together, make both again")
-            return np.asarray(file[name][()]).tobytes()
+            data = self._find(file, name)
+            where = f"{printable(name)} in {self._images}"
+            try:
+                dtype = data.dtype
+                is_bytes = dtype.kind in "VS" or (dtype.kind in "iu" and dtype.itemsize == 1)
+                if not is_bytes or data.size * dtype.itemsize > LARGEST_FILE:
+                    reason = f"{data.shape} {dtype}, expected the bytes of an image file"
+                    raise UnreadableImageError(f"cannot decode {where}: {reason}", reason)
+                return np.asarray(data[()]).tobytes()
+            except (OSError, RuntimeError, AttributeError, TypeError) as error:
+                reason = "damaged, or no data set"
+                raise UnreadableImageError(f"cannot read {where}: {reason}", reason) from error
 
-    def _open(self):
+    def _find(self, file, name: str):
+        """What the file holds under a name."""
+        try:
+            return file[name]
+        except (KeyError, OSError, RuntimeError, ValueError) as error:
+            text = f"{printable(name)} is listed in images_h5.json but missing in {self._images}"
+            text += "; the two files do not belong together, make both again"
+            raise ImageFileError(text, f"missing in {self._images.name}") from error
+
+    @contextmanager
+    def _open(self) -> Iterator:
         if multiprocessing.parent_process() is None:
+            with self._new_file() as file:
+                yield file
+        else:
+            if self._file is None or self._pid != os.getpid():
+                self._file, self._pid = self._new_file(), os.getpid()
+            yield self._file
+
+    def _new_file(self):
+        try:
             return _import_h5py().File(self._images, "r")
-        if self._file is None or self._pid != os.getpid():
-            self._file, self._pid = _import_h5py().File(self._images, "r"), os.getpid()
-        return nullcontext(self._file)
+        except (OSError, RuntimeError) as error:
+            found = what_is(self._images)
+            damage = ", truncated or damaged" if "HDF5" in found else ", expected an HDF5 file"
+            text = f"{self._images} cannot be opened: it is {found}{damage}; copy or make it again"
+            raise UserError(text) from error
 
 
 def _import_h5py():
@@ -82,16 +118,17 @@ def _import_h5py():
     return h5py
 
 
-def _join_labels(names: list[str], pairs: list | None, path: Path) -> np.ndarray:
-    """(N,) int64 labels in the order of `names`; zeros if the data have none."""
-    if pairs is None:
-        return np.zeros(len(names), dtype=np.int64)
-    by_name = {str(name).replace("\\", "/"): label for name, label in pairs}
-    missing = [name for name in names if name.replace("\\", "/") not in by_name]
-    if missing:
-        text = f"{path} has no label for {missing[0]} ({len(missing)} such of {len(names)} images)"
-        raise UserError(f"{text}; complete it, or set labels to null for one class")
-    labels = np.array([by_name[name.replace("\\", "/")] for name in names], dtype=np.int64)
-    if labels.min() < 0:
-        raise UserError(f"{path} holds the label {labels.min()}; expected 0 or more")
-    return labels
+def _listed_names(path: Path, layout: str) -> list[str]:
+    """The names of images in images_h5.json, sorted; `UserError` if it is no such list."""
+    listed = read_json(path, layout)
+    try:
+        names = convert(listed, list[str])
+    except UserError as error:
+        raise UserError(f"{path} is no list of names: {error}; {layout}") from None
+    names = sorted(name for name in names if is_image_name(name))
+    if not names:
+        raise UserError(f"{path} names no images; {layout}")
+    twice = next((a for a, b in itertools.pairwise(names) if a == b), None)
+    if twice is not None:
+        raise UserError(f"{path} names {printable(twice)} twice; make it again")
+    return names

@@ -4,25 +4,40 @@ Suffixes: `_u8` uint8 in 0..255, `_pm1` float in [-1, 1], `_01` float in [0, 1].
 shape (N, 3, H, W) or (3, H, W); their memory may be channels-last.
 """
 
-import io
+import os
+import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from models.errors import UserError
+from utils.files import write_atomically
 
 CROP_VERSION = "adm-center-crop-1"  # written into packed data; change it with `center_crop`
+# What is read, whatever a file's name ends in. Of Pillow's other formats, some start a program
+# (EPS starts Ghostscript), and many are read by code that few have tested.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+# Of one image as it is stored, and as it is resized before the crop: 256 MiB of RGB. Pillow warns
+# from this number on, and refuses only twice as many.
+MAX_PIXELS = 89_478_485
 
 
-class UnreadableImageError(UserError):
-    """Bytes that are no image, or a broken one; `reason` says why, without the name."""
+class ImageFileError(UserError):
+    """An image that the file system does not give; `reason` says why, without the name."""
 
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class UnreadableImageError(ImageFileError):
+    """Bytes that are no image, or a broken one, or one that is far too large."""
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -34,7 +49,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    resized = tuple(round(side * scale) for side in image.size)
+    resized = (round(image.width * scale), round(image.height * scale))
     image = image.resize(resized, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -49,25 +64,65 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_image(file: Path | io.BytesIO, where: str, resolution: int) -> torch.Tensor:
-    """Decode, convert to RGB, centre-crop: (3, resolution, resolution) uint8.
+def read_image(file: Path | BinaryIO, where: str, resolution: int) -> torch.Tensor:
+    """Decode, convert to RGB, centre-crop: (3, resolution, resolution) uint8. The orientation in
+    EXIF data is ignored, as ADM does; of an animation the first picture is taken.
 
-    `UnreadableImageError` if the content is bad, plain `UserError` if the file system fails.
+    `UnreadableImageError` if the content is bad, plain `ImageFileError` if the file system fails.
     """
+    with open_image(file, where) as image:
+        short, long = sorted(image.size)
+        if max(short, resolution) * long * max(1, resolution / short) > MAX_PIXELS:
+            sides = f"{image.width} x {image.height}, too narrow to be resized to {resolution} px"
+            raise ValueError(f"{sides} (at most {MAX_PIXELS:,} pixels)")
+        return array_to_u8(center_crop(to_rgb(image), resolution))
+
+
+@contextmanager
+def open_image(file: Path | BinaryIO, where: str) -> Iterator[Image.Image]:
+    """An image of which only the header has been read, and found not to be too large. What is
+    raised while it is open is raised as in `read_image`; a `UserError` stays what it is."""
     try:
         # Pillow's warnings, about metadata and size, would come once per image and epoch.
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
-            rgb = to_rgb(image)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            _stream(file) as stream,
+            Image.open(stream, formats=IMAGE_FORMATS) as image,
+        ):
+            if image.width * image.height > MAX_PIXELS:
+                sides = f"{image.width} x {image.height} pixels"
+                raise ValueError(f"{sides}, expected at most {MAX_PIXELS:,}")
+            yield image
+    except UserError:
+        raise
     except Exception as error:  # on broken files Pillow's decoders raise whatever their parser does
         if isinstance(error, OSError) and error.errno is not None:
-            text = f"cannot read {where}: {error.strerror}; repair or remove it"
-            raise UserError(text) from error
-        known = isinstance(error, UnidentifiedImageError)  # its text holds a memory address
-        reason = "not an image" if known else f"{type(error).__name__}: {error}"
-        text = f"cannot decode {where}: {reason}; replace or remove it, or pack the data"
+            reason = error.strerror or str(error)
+            text = f"cannot read {where}: {reason}; repair or remove it"
+            raise ImageFileError(text, reason) from error
+        if isinstance(error, UnidentifiedImageError):  # its text holds a memory address
+            reason, hint = "not an image", f" ({', '.join(IMAGE_FORMATS)})"
+        else:
+            plain = isinstance(error, OSError | ValueError | Image.DecompressionBombError)
+            reason = str(error) if plain and str(error) else f"{type(error).__name__}: {error}"
+            hint = ""
+        text = f"cannot decode {where}: {reason}{hint}; replace or remove it, or pack the data"
         text += " (scripts/prepare_data.py skips such files)"
         raise UnreadableImageError(text, reason) from error
-    return array_to_u8(center_crop(rgb, resolution))
+
+
+@contextmanager
+def _stream(file: Path | BinaryIO) -> Iterator[BinaryIO]:
+    """A regular file, opened; a FIFO or a device, which might never answer, is a `ValueError`."""
+    if not isinstance(file, Path):
+        yield file
+        return
+    handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError("not a regular file")
+    with open(handle, "rb") as stream:
+        yield stream
 
 
 def array_to_u8(image: np.ndarray | Image.Image) -> torch.Tensor:
@@ -106,4 +161,5 @@ def save_grid(path: Path, x_u8: torch.Tensor, columns: int, scale: int = 1, gap:
     cells = cells.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)
     picture = Image.fromarray(cells.flatten(2, 3).flatten(0, 1).numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize([side * scale for side in picture.size], Image.Resampling.NEAREST).save(path)
+    picture = picture.resize([side * scale for side in picture.size], Image.Resampling.NEAREST)
+    write_atomically(path, lambda file: picture.save(file, "PNG"))

@@ -48,7 +48,7 @@ def measure_latents(
     order = step_indices(len(source), min(num, len(source)), seed, step=0).tolist()
     rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
     for start in range(rank * CHUNK, len(order), world * CHUNK):
-        x_u8 = torch.stack([source[i][0] for i in order[start : start + CHUNK]])
+        x_u8 = torch.stack([source.take(i)[0] for i in order[start : start + CHUNK]])
         posterior = vae.encode(u8_to_pm1(x_u8.to(device)))
         moments.add(posterior.mean, posterior.std)
     if ranks:

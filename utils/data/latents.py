@@ -9,10 +9,11 @@ plan.json meta.json         what it was made from; written last, with statistics
 """
 
 import hashlib
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +22,78 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.encoders import Encoder, encoder_weight_file
-from models.errors import UserError
+from models.errors import RecordError, UserError, what_is
 from models.vae import VAE
 from utils.data.base import Source
-from utils.data.images import CROP_VERSION, u8_to_pm1
+from utils.data.images import CROP_VERSION, ImageFileError, u8_to_pm1
 from utils.data.latent_stats import ChannelMoments
 from utils.data.sampling import make_loader
-from utils.data.sharded import KEYS, META, ShardedFolder, ShardedRows, shard_file
-from utils.files import TEXT, read_json, read_lines, sha256_file, write_atomically, write_lines
+from utils.data.sharded import (
+    KEYS,
+    META,
+    ShardedFolder,
+    ShardedRows,
+    load_column,
+    load_keys,
+    remedy_for_meta,
+    shard_file,
+)
+from utils.files import TEXT, sha256_file, write_atomically, write_lines
 from utils.precision import autocast
 from utils.provenance import versions
+from utils.records import load_record, number
 
 CACHE_FORMAT = "repae-latents-1"
 LATENTS, CHECKSUMS = "latents", "checksums.npy"
+MOST, LEAST_STD = 65504, 1e-8  # what float16 holds, and about its smallest step
 CHECKED_IMAGES = 32  # whose pixels are compared at the start of a run
 OPEN_FILES = 256  # memory maps of one process: each holds a file descriptor
 NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)  # where nothing looks at the image
+
+
+@dataclass(kw_only=True)
+class CachedFeatures:
+    """The tokens of one encoder in a cache."""
+
+    name: str
+    weights: str  # `weights_id`
+    shape: tuple[int, int] = number(at_least=1)  # T, D
+
+
+@dataclass(kw_only=True)
+class CacheMeta:
+    """What meta.json must hold."""
+
+    format: str
+    crop_version: str
+    vae: str
+    vae_sha256: str
+    num_images: int = number(at_least=1)
+    resolution: int = number(at_least=1)
+    copies: int = number(at_least=1, at_most=2)
+    latent_shape: tuple[int, int, int] = number(at_least=1)  # C, h, w
+    shards: list[int] = number(at_least=0)  # images in each
+    # (C,), of float16 numbers
+    mean: list[float] = number(at_least=-MOST, at_most=MOST)
+    std: list[float] = number(at_least=LEAST_STD, at_most=MOST)
+    encoders: list[CachedFeatures]
+
+    def __post_init__(self) -> None:
+        channels = self.latent_shape[0]
+        if not len(self.mean) == len(self.std) == channels:
+            counts = f"{len(self.mean)} means and {len(self.std)} stds of {channels} channels"
+            raise RecordError(counts)
+        if sum(self.shards) != self.num_images:
+            text = f"shards={sum(self.shards)} images in all: expected num_images="
+            raise RecordError(f"{text}{self.num_images}")
+
+
+@dataclass(kw_only=True)
+class CacheShard:
+    """What the record of a shard holds: sums of its latents (3, C), and a checksum an image."""
+
+    moments: list[list[float]]
+    checksums: list[int] = number(at_least=0, below=2**32)
 
 
 def cache_rows(layout: dict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -50,14 +107,17 @@ def cache_rows(layout: dict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 def checksum(x_u8: Tensor) -> int:
     """CRC-32 of the pixels of one image (3, H, W), in this order."""
-    return zlib.crc32(x_u8.contiguous().numpy())
+    return zlib.crc32(x_u8.contiguous().numpy().data)
 
 
 def weights_id(encoder: str, file: str | None) -> str:
     """What tells an encoder's weight file from another: its sha256, `published`, or `random`."""
-    if file in (None, "random"):
+    if file is None or file == "random":
         return file or "published"
-    return sha256_file(encoder_weight_file(encoder, file).find())
+    found = encoder_weight_file(encoder, file)
+    path = found.find() if found else None
+    assert path is not None, "a file that is named is there, or an error"
+    return sha256_file(path)
 
 
 def weights_digest(net: nn.Module) -> str:
@@ -74,22 +134,25 @@ class LatentCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser()
-        if not self.folder.is_dir():
-            text = f"data.latents={folder}: no such folder; correct the path, or make it with"
+        if not os.path.isdir(self.folder):
+            found = what_is(self.folder)
+            what = "no such folder" if found == "absent" else f"it is {found}, expected a folder"
+            text = f"data.latents={folder}: {what}; correct the path, or make it with"
             raise UserError(f"{text} scripts/cache_latents.py")
-        again = "run the same cache_latents.py command again"
-        self.meta = read_json(self.folder / META, f"an unfinished cache: {again}")
+        self._again = again = "run the same cache_latents.py command again"
+        other = "expected a folder that scripts/cache_latents.py wrote, finished"
+        remedy = remedy_for_meta(self.folder, CACHE_FORMAT, again, other)
+        self.meta = meta = load_record(self.folder / META, CacheMeta, remedy)
         for name, wanted in (("format", CACHE_FORMAT), ("crop_version", CROP_VERSION)):
-            self._expect(name, self.meta.get(name), wanted)
-        lengths, self._rows = self.meta["shards"], {}
-        open_files = max(1, OPEN_FILES // (1 + len(self.meta["encoders"])))
-        for array, (shape, dtype) in cache_rows(self.meta).items():
-            files = [shard_file(self.folder, array, shard) for shard in range(len(lengths))]
-            size = dtype.itemsize * int(np.prod(shape))
-            self._rows[array] = ShardedRows(files, lengths, size, again, open_files)
+            self._expect(name, getattr(meta, name), wanted)
+        self._rows: dict[str, ShardedRows] = {}
+        open_files = max(1, OPEN_FILES // (1 + len(meta.encoders)))
+        for array, row in cache_rows(asdict(meta)).items():
+            files = [shard_file(self.folder, array, shard) for shard in range(len(meta.shards))]
+            self._rows[array] = ShardedRows(files, meta.shards, row, again, open_files)
 
     def __len__(self) -> int:
-        return self.meta["num_images"]
+        return self.meta.num_images
 
     @property
     def arrays(self) -> list[str]:
@@ -102,26 +165,27 @@ class LatentCache:
 
     def encoder_dims(self) -> tuple[int, ...]:
         """Channels of the cached features, for each encoder."""
-        return tuple(e["shape"][1] for e in self.meta["encoders"])
+        return tuple(e.shape[1] for e in self.meta.encoders)
 
     def stats(self) -> tuple[Tensor, Tensor]:
         """Per-channel (mean, std), each (C,) float64."""
-        return tuple(torch.tensor(self.meta[k], dtype=torch.float64) for k in ("mean", "std"))
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.meta.mean, self.meta.std))
+        return mean, std
 
     def check_vae(self, vae: VAE, spec: str) -> None:
         """`UserError` unless these weights made the cache."""
         found, meta = weights_digest(vae), self.meta
-        if found != meta["vae_sha256"]:
+        if found != meta.vae_sha256:
             raise UserError(
-                f"{self.folder} was made with another VAE: {meta['vae']} with weights "
-                f"{meta['vae_sha256'][:12]}, {spec} has {found[:12]}; cache the latents again, or "
+                f"{self.folder} was made with another VAE: {meta.vae} with weights "
+                f"{meta.vae_sha256[:12]}, {spec} has {found[:12]}; cache the latents again, or "
                 "correct vae.name and vae.weights"
             )
 
     def check_images(self, resolution: int, hflip: bool) -> None:
         """`UserError` if the cache is of another resolution, or lacks mirrored copies."""
-        self._expect("resolution", self.meta["resolution"], resolution)
-        if hflip and self.meta["copies"] < 2:
+        self._expect("resolution", self.meta.resolution, resolution)
+        if hflip and self.meta.copies < 2:
             text = f"data.hflip=true, but {self.folder} holds no mirrored copies"
             raise UserError(f"{text}: cache again with --hflip, or set data.hflip=false")
 
@@ -129,17 +193,17 @@ class LatentCache:
         """`UserError` unless the features are those of these encoders, grid x grid tokens each.
         `files`: their weights (None = published)."""
         wanted = [[name, grid**2, weights_id(name, file)] for name, file in zip(names, files)]
-        held = [[e["name"], e["shape"][0], e["weights"]] for e in self.meta["encoders"]]
+        held = [[e.name, e.shape[0], e.weights] for e in self.meta.encoders]
         self._expect("features [encoder, tokens, weights]", held, wanted)
 
     def join(self, source: Source) -> np.ndarray:
         """(N,) int64: the row of each image of `source`; `UserError` unless its images are those of
         the cache. Some pixels are compared: the same names do not make the same images."""
-        keys = read_lines(self.folder / KEYS)
+        keys = load_keys(self.folder, len(self), self._again)
         own = [source.key(i) for i in range(len(source))]
         row_of = {key: row for row, key in enumerate(keys)}
         without = [key for key in own if key not in row_of]
-        extra = sorted(set(keys) - set(own), key=row_of.get)
+        extra = sorted(set(keys) - set(own), key=row_of.__getitem__)
         kinds = {"images without latents": without, "latents without an image": extra}
         words = [f"{what}: {len(k)} (first {k[0]})" for what, k in kinds.items() if k]
         if words:
@@ -148,9 +212,15 @@ class LatentCache:
                 f"{'; '.join(words)}; cache the latents again, or correct data.path"
             )
         rows = np.array([row_of[key] for key in own], dtype=np.int64)
-        checksums = np.load(self.folder / CHECKSUMS)
+        checksums = load_column(self.folder / CHECKSUMS, len(self), np.uint32, self._again)
         for i in np.linspace(0, len(rows) - 1, min(CHECKED_IMAGES, len(rows)), dtype=int).tolist():
-            if checksum(source[i][0]) != checksums[rows[i]]:
+            try:
+                found = checksum(source[i][0])
+            except ImageFileError:
+                if source.bad is None:
+                    raise
+                continue  # in training, another image takes its place: see `Source.read`
+            if found != checksums[rows[i]]:
                 text = f"{self.folder} was made from other images: the pixels of {own[i]} differ"
                 raise UserError(f"{text}; cache the latents again, or correct data.path")
         return rows
@@ -173,6 +243,7 @@ class CachedSource(Source):
         super().__init__(images.root, images.resolution)
         self.images, self.cache, self.rows = images, cache, cache.join(images)
         self.classes, self.labels = images.classes, images.labels
+        self.notes, self.bad = images.notes, images.bad
         self.arrays = cache.arrays if features else [LATENTS]
         self.pixels = pixels
 
@@ -223,7 +294,9 @@ class CacheWriter:
         """`UserError` where the first image of a finished shard has other pixels, same name."""
         for shard in sorted({*range(self.folder.num_shards)} - {*self.folder.unfinished()}):
             first = self.folder.items(shard)[0]
-            if self.folder.record(shard)["checksums"][0] != checksum(self.source[first][0]):
+            if self.folder.record(shard, CacheShard).checksums[:1] != [
+                checksum(self.source[first][0])
+            ]:
                 text = f"{self.folder.folder} was begun with other images: the pixels of"
                 key = self.source.key(first)
                 raise UserError(f"{text} {key} differ; use the same images, or another OUT")
@@ -272,13 +345,19 @@ class CacheWriter:
 
     def finish(self, vae: str) -> None:
         """Join the records of all shards; write meta.json last. `vae`: its name, for messages."""
-        folder, records = self.folder, self.folder.records()
+        folder, records = self.folder, self.folder.records(CacheShard)
         moments = ChannelMoments(folder.plan["latent_shape"][0])
-        moments.sums += sum(torch.tensor(r["moments"], dtype=torch.float64) for r in records)
+        for shard, record in enumerate(records):
+            size = [len(record.checksums), len(record.moments), *{*map(len, record.moments)}]
+            if size != [len(folder.items(shard)), *moments.sums.shape]:
+                path = folder.record_file(shard)
+                text = f"{path} does not fit the images and channels of its shard; delete it, and"
+                raise UserError(f"{text} run the same command again")
+        moments.sums += sum(torch.tensor(r.moments, dtype=torch.float64) for r in records)
         mean, std = moments.result()
-        checksums = np.array([c for r in records for c in r["checksums"]], dtype=np.uint32)
+        checksums = np.array([c for r in records for c in r.checksums], dtype=np.uint32)
         write_atomically(folder.folder / CHECKSUMS, lambda file: np.save(file, checksums))
         write_lines(folder.folder / KEYS, self.source.list_keys())
-        lengths = [len(record["checksums"]) for record in records]
+        lengths = [len(record.checksums) for record in records]
         stats = {"shards": lengths, "mean": mean.tolist(), "std": std.tolist()}
         folder.finish(folder.plan | {"vae": vae} | stats | {"versions": versions()})

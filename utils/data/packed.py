@@ -17,42 +17,89 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.errors import UserError
-from utils.data.base import Source
+from models.errors import RecordError, UserError
+from utils.data.base import Source, number_classes
 from utils.data.images import CROP_VERSION, UnreadableImageError, array_to_u8
-from utils.data.sharded import KEYS, META, ShardedFolder, ShardedRows, shard_file
-from utils.files import TEXT, read_json, read_lines, sha256_file, write_atomically, write_lines
+from utils.data.sharded import (
+    KEYS,
+    META,
+    ShardedFolder,
+    ShardedRows,
+    check_rows,
+    load_column,
+    load_keys,
+    remedy_for_meta,
+    shard_file,
+)
+from utils.files import TEXT, sha256_file, write_atomically, write_lines
+from utils.records import load_record, number
 
 PACKED_FORMAT = "repae-packed-1"
 ARRAY = "shard"  # the only array, hence shard-00000.npy
 LABELS, SKIPPED = "labels.npy", "skipped.txt"
 
 
+@dataclass(kw_only=True)
+class PackedMeta:
+    """What meta.json must hold."""
+
+    format: str
+    crop_version: str
+    resolution: int = number(at_least=1)
+    num_images: int = number(at_least=1)
+    shards: list[int] = number(at_least=0)  # images in each
+    classes: list[str]
+
+
+@dataclass(kw_only=True)
+class PackedShard:
+    """What the record of a shard holds, of the images in the order of its rows."""
+
+    keys: list[str]
+    labels: list[int] = number(at_least=0)
+    skipped: list[tuple[str, str]]  # name and reason
+
+    def __post_init__(self) -> None:
+        if len(self.keys) != len(self.labels):
+            raise RecordError(f"{len(self.keys)} keys and {len(self.labels)} labels")
+
+
 class PackedSource(Source):
     """What scripts/prepare_data.py wrote."""
 
+    root: Path
+    labels: np.ndarray
+
     def __init__(self, root: Path, resolution: int, split: str = "all") -> None:
         super().__init__(root, resolution)
-        again = "run the same prepare_data.py command again"
-        meta = read_json(root / META, f"the folder is unfinished: {again}")
-        if meta.get("format") != PACKED_FORMAT:
-            raise UserError(f"{root}: format {meta.get('format')!r}, expected {PACKED_FORMAT!r}")
+        self._again = again = "run the same prepare_data.py command again"
+        other = "give the OUT of scripts/prepare_data.py, finished"
+        meta = load_record(
+            root / META, PackedMeta, remedy_for_meta(root, PACKED_FORMAT, again, other)
+        )
+        if meta.format != PACKED_FORMAT:
+            raise UserError(f"{root}: format {meta.format!r}, expected {PACKED_FORMAT!r}")
         for name, wanted in (("crop_version", CROP_VERSION), ("resolution", resolution)):
-            if meta[name] != wanted:
-                what = f"{name.replace('_', ' ')} {meta[name]}, but {wanted} is asked for"
+            if getattr(meta, name) != wanted:
+                held = f"{name.replace('_', ' ')} {getattr(meta, name)}"
+                what = f"{held}, but {wanted} is asked for"
                 remedy = "pack again with scripts/prepare_data.py, or change the config"
                 raise UserError(f"{root} was packed with {what}; {remedy}")
-        self.classes, lengths = meta["classes"], meta["shards"]
-        files = [shard_file(root, ARRAY, shard) for shard in range(len(lengths))]
-        self._rows = ShardedRows(files, lengths, 3 * resolution**2, again)
-        self.labels = np.load(root / LABELS)
-        assert len(self.labels) == len(self._rows) == meta["num_images"], root
+        if sum(meta.shards) != meta.num_images:
+            text = f"{root / META}: {sum(meta.shards)} images in shards, num_images"
+            raise UserError(f"{text}={meta.num_images}; {again}")
+        files = [shard_file(root, ARRAY, shard) for shard in range(len(meta.shards))]
+        row = ((resolution, resolution, 3), np.uint8)
+        self._rows = ShardedRows(files, meta.shards, row, again)
+        labels = load_column(root / LABELS, meta.num_images, np.int64, again)
+        self.labels, self.classes, self.notes = number_classes(labels, meta.classes, root / LABELS)
         self._keys: list[str] | None = None
 
     def __getstate__(self) -> dict:
@@ -64,8 +111,7 @@ class PackedSource(Source):
     def key(self, i: int) -> str:
         """The image's key in the source that was packed."""
         if self._keys is None:
-            self._keys = read_lines(self.root / KEYS)
-            assert len(self._keys) == len(self), self.root
+            self._keys = load_keys(self.root, len(self), self._again)
         return self._keys[i]
 
     def fingerprint(self) -> str:
@@ -135,17 +181,24 @@ def _write_shards(mapper: Callable, source: Source, folder: ShardedFolder) -> No
 
 def finish_packing(folder: ShardedFolder, source: Source) -> str:
     """Join the records of all shards, write meta.json last, and return a summary to print."""
-    out, records = folder.folder, folder.records()
+    out, records, (row, dtype) = folder.folder, folder.records(PackedShard), folder.row(ARRAY)
     keys, labels, skipped = (
-        [item for record in records for item in record[name]]
+        [item for record in records for item in getattr(record, name)]
         for name in ("keys", "labels", "skipped")
     )
+    for shard, record in enumerate(records):
+        try:
+            check_rows(folder.file(ARRAY, shard), (len(record.keys), *row), dtype)
+        except ValueError as error:
+            text = f"{folder.file(ARRAY, shard)} {error}; delete {folder.record_file(shard).name}"
+            raise UserError(f"{text} and run the same command again") from None
     write_lines(out / SKIPPED, [f"{key}\t{reason}" for key, reason in skipped])
     if not keys:
         raise UserError(f"none of the {len(source)} images is readable; see {out / SKIPPED}")
+    number_classes(np.array(labels), source.classes, out)  # refuses other classes
     write_atomically(out / LABELS, lambda file: np.save(file, np.array(labels, dtype=np.int64)))
     write_lines(out / KEYS, keys)
-    lengths = [len(record["keys"]) for record in records]
+    lengths = [len(record.keys) for record in records]
     counts = {"num_images": len(keys), "num_skipped": len(skipped), "shards": lengths}
     folder.finish(folder.plan | counts | {"classes": list(source.classes)})
     size = sum(folder.file(ARRAY, shard).stat().st_size for shard in range(folder.num_shards))
@@ -172,7 +225,9 @@ def _set_source(source: Source) -> None:
 
 def _die_with_parent() -> None:
     """An executor's workers would outlive a killed parent."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
@@ -185,6 +240,7 @@ def _pack_image(task: tuple[str, int, int]) -> str | None:
     """Write image `index` into row `row` of the array at `path`; returns why it is unreadable."""
     path, row, index = task
     try:
+        assert _source is not None
         image, _ = _source[index]
     except UnreadableImageError as error:
         return error.reason

@@ -4,16 +4,21 @@ The images of global step k are a function of (seed, k) alone: nothing has to be
 and the number of ranks and workers can change without changing a batch.
 """
 
-from collections.abc import Iterator
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
+from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from models.errors import UserError
-from utils.data.base import Source
+from utils.data.base import BadImages, Source
+from utils.process.signals import SIGNALS
 
 PREFETCH = 4  # batches that each worker holds ready
 
@@ -49,7 +54,8 @@ def _check_batch(num_images: int, global_batch: int, world: int) -> None:
 
 @dataclass
 class StepSampler(Sampler[list[int]]):
-    """Batch sampler: this rank's contiguous share of every step in [start_step, end_step)."""
+    """Batch sampler: this rank's contiguous share of every step in [start_step, end_step) that is
+    not in `left_out`."""
 
     num_images: int
     global_batch: int
@@ -59,42 +65,90 @@ class StepSampler(Sampler[list[int]]):
     world: int = 1
     start_step: int = 0
     end_step: int
+    left_out: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world and self.start_step >= 0, self
         _check_batch(self.num_images, self.global_batch, self.world)
 
     def __len__(self) -> int:
-        return self.end_step - self.start_step
+        return len(self.steps)
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """The steps of which there is a batch."""
+        steps = range(self.start_step, self.end_step)
+        return [step for step in steps if step not in self.left_out] if self.left_out else steps
 
     def __iter__(self) -> Iterator[list[int]]:
         share = self.global_batch // self.world
-        for step in range(self.start_step, self.end_step):
+        for step in self.steps:
             indices = step_indices(self.num_images, self.global_batch, self.seed, step)
             yield indices[self.rank * share : (self.rank + 1) * share].tolist()
 
 
 class Loader(DataLoader):
-    """A DataLoader that raises a `UserError` of a worker as it is, not wrapped in a traceback."""
+    """A DataLoader that raises a `UserError` of a worker as it is, not wrapped in a traceback, and
+    notes the images that no worker could read in `bad`, if that is set: see `Source.read`. Its
+    workers leave signals to this process."""
+
+    bad: BadImages | None = None
+
+    @property
+    def error(self) -> UserError | None:
+        """What to stop with, once what is read is saved: too many images could not be read."""
+        return self.bad.error if self.bad else None
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        for batch in super().__iter__():
+        with signals_blocked():
+            batches = super().__iter__()
+        for batch in batches:
             if isinstance(batch[0], UserError):
                 raise batch[0]
+            *batch, found = batch
+            if self.bad is not None:
+                self.bad.add(found)
             yield batch
 
 
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Processes started inside inherit that SIGTERM, SIGINT and SIGUSR1 do not reach them; this one
+    takes such a signal afterwards. A signal to the whole process group would otherwise kill a
+    worker before it can ignore it, and with it the run that is about to save."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        if multiprocessing.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # it would unblock two of them
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_signals(worker: int) -> None:
+    """In a loader's worker: it ends when the process that started it tells it to, or dies."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Batches(Dataset):
-    """A source read batch by batch."""
+    """A source read batch by batch; the last item of a batch are the images that could not be read,
+    with the reasons."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
 
     def __getitems__(self, indices: list[int]) -> list:
+        items, unreadable = [], {}
         try:
-            return collate([self.source[i] for i in indices])
+            for i in indices:
+                item, found = self.source.read(i)
+                items.append(item)
+                unreadable |= found
         except UserError as error:
             return [error]
+        return [*collate(items), unreadable]
 
 
 def collate(items: list[tuple]) -> list[torch.Tensor]:
@@ -112,12 +166,13 @@ def make_loader(
     context: str | None = None,
 ) -> Loader:
     """Yields one batch for each step of `sampler`: [x_u8 (B, 3, H, W) uint8 in channels-last
-    memory, y (B,) int64, what else the source gives]. A `UserError` in a worker is raised here.
+    memory, y (B,) int64, what else the source gives]. A `UserError` in a worker is raised here;
+    images that are replaced are noted in `source.bad`.
 
     `workers` processes of one thread each; 0 reads in this process. `context` is how they start
     ("fork", "spawn"; None: Python's default). No random number is drawn, here or in a worker.
     """
-    return Loader(
+    loader = Loader(
         _Batches(source),
         batch_sampler=sampler,
         num_workers=workers,
@@ -127,4 +182,7 @@ def make_loader(
         persistent_workers=workers > 0,
         prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context=context if workers else None,
+        worker_init_fn=ignore_signals,
     )
+    loader.bad = source.bad
+    return loader

@@ -7,10 +7,11 @@ folder/meta.json            written last: a folder with it is finished
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import DTypeLike
 
-from models.errors import UserError
-from utils.files import format_bytes, locked, read_json, read_record, sync, write_json
+from models.errors import UserError, read_json, shown, what_is
+from utils.files import TEXT, format_bytes, locked, read_record, sync, write_json
+from utils.records import Record, load_record
 
 PLAN = "plan.json"
 META = "meta.json"
@@ -64,18 +66,27 @@ class ShardedFolder:
         """Where the record lies that marks a shard as finished."""
         return self.folder / f"shard-{shard:05d}.json"
 
-    def check_plan(self) -> None:
-        """`UserError` if the folder holds something else, or was begun with another plan."""
-        path = self.folder / PLAN
-        if path.is_file():
-            begun = read_json(path, f"delete {self.folder}, or choose another folder")
-            if changed := plan_differences(begun, self.plan):
+    def check_plan(self, names: Sequence[str] | None = None) -> None:
+        """`UserError` if the folder holds something else, or was begun with another plan; `names`:
+        those of the plan that are known so far, None = all."""
+        path, remedy = self.folder / PLAN, f"delete {self.folder}, or choose another folder"
+        if os.path.lexists(path):
+            begun = read_json(path, remedy)
+            if not isinstance(begun, dict):
+                raise UserError(f"{path} holds {shown(begun)}, expected an object; {remedy}")
+            plans = [begun, self.plan]
+            if names is not None:
+                plans = [{k: v for k, v in plan.items() if k in names} for plan in plans]
+            if changed := plan_differences(*plans):
                 text = f"{self.folder} was begun with {', '.join(changed)}; use the same input and"
                 raise UserError(f"{text} settings, or another folder")
-        elif self.folder.is_file():
-            raise UserError(f"{self.folder} is a file; choose another folder")
+        elif os.path.lexists(self.folder) and not os.path.isdir(self.folder):
+            text = f"{self.folder} is a file" if os.path.isfile(self.folder) else (
+                f"{self.folder} is {what_is(self.folder)}")  # fmt: skip
+            raise UserError(f"{text}; choose another folder")
         elif self.folder.exists():
-            names = sorted(p.name for p in self.folder.iterdir())
+            with self._writes():
+                names = sorted(os.listdir(self.folder))
             if foreign := [n for n in names if n != ".lock" and not n.endswith(".tmp")]:
                 text = f"{self.folder} holds other files ({foreign[0]}); choose an empty folder"
                 raise UserError(text)
@@ -84,7 +95,9 @@ class ShardedFolder:
     def locked(self) -> Iterator[None]:
         """Make the folder and hold it; `UserError` if that fails or another command holds it."""
         self._make()
-        with locked(self.folder):
+        with ExitStack() as stack:
+            with self._writes():
+                stack.enter_context(locked(self.folder))
             yield
 
     def begin(self) -> None:
@@ -92,9 +105,10 @@ class ShardedFolder:
         counts as unfinished from here on, unless all shards are there."""
         self._make()
         self.check_plan()
-        if self.unfinished():
-            (self.folder / META).unlink(missing_ok=True)
-        write_json(self.folder / PLAN, self.plan)
+        with self._writes():
+            if self.unfinished():
+                (self.folder / META).unlink(missing_ok=True)
+            write_json(self.folder / PLAN, self.plan)
 
     def _make(self) -> None:
         try:
@@ -102,6 +116,15 @@ class ShardedFolder:
         except OSError as error:
             text = f"cannot make the folder {self.folder}: {error.strerror}; choose another folder"
             raise UserError(text) from error
+
+    @contextmanager
+    def _writes(self) -> Iterator[None]:
+        """What the file system refuses, as a `UserError`."""
+        try:
+            yield
+        except OSError as error:
+            text = f"cannot write {error.filename or self.folder}: {error.strerror or error}"
+            raise UserError(f"{text}; free some disk, or choose another folder") from error
 
     def unfinished(self) -> list[int]:
         """The shards still to be written; a damaged one is among them."""
@@ -113,22 +136,23 @@ class ShardedFolder:
         if read_record(self.record_file(shard)) is None:
             return False
         lengths = set()
-        for array, (shape, dtype) in self.rows.items():
+        for array, (shape, dtype) in zip(self.rows, map(self.row, self.rows)):
             try:
-                rows = self.read(shard, array)
-            except (OSError, ValueError, EOFError):
+                lengths.add(read_header(self.file(array, shard))[0][0])
+                check_rows(self.file(array, shard), (max(lengths), *shape), dtype)
+            except (OSError, ValueError, IndexError):  # IndexError: no rows, but a number
                 return False
-            is_whole = self.file(array, shard).stat().st_size == rows.offset + rows.nbytes
-            fits = rows.flags.c_contiguous and (rows.shape[1:], rows.dtype) == (shape, dtype)
-            if not (is_whole and fits):
-                return False
-            lengths.add(len(rows))
         return len(lengths) == 1 and lengths.pop() <= len(self.items(shard))
+
+    def row(self, array: str) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and dtype of one item in one array."""
+        shape, dtype = self.rows[array]
+        return shape, np.dtype(dtype)
 
     def row_bytes(self, array: str) -> int:
         """Bytes of one item in one array."""
-        shape, dtype = self.rows[array]
-        return int(np.prod(shape)) * dtype.itemsize
+        shape, dtype = self.row(array)
+        return math.prod(shape) * dtype.itemsize
 
     def describe(self) -> str:
         """A line for each array: its shape and the bytes of all rows."""
@@ -146,50 +170,51 @@ class ShardedFolder:
     def draft(self, shard: int) -> dict[str, np.memmap]:
         """Arrays for all items of a shard, to be filled, in files of temporary names (`.filename`
         of each: other processes may open it). `seal` gives them their own."""
-        self.record_file(shard).unlink(missing_ok=True)
-        self._drafts[shard] = {array: self._new_array(array, shard) for array in self.rows}
+        with self._writes():
+            self.record_file(shard).unlink(missing_ok=True)
+            self._drafts[shard] = {array: self._new_array(array, shard) for array in self.rows}
         return self._drafts[shard]
 
     def _new_array(self, array: str, shard: int) -> np.memmap:
         shape, dtype = self.rows[array]
         path = self.file(array, shard).with_suffix(".tmp")
         path.unlink(missing_ok=True)  # a new file, which no left-over worker has open
-        try:
-            rows = npy.open_memmap(path, "w+", dtype, (len(self.items(shard)), *shape))
-            if hasattr(os, "posix_fallocate"):  # else a full disk kills who writes to the map
-                with path.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, rows.offset + rows.nbytes)
-        except OSError as error:
-            text = f"cannot write {path}: {error.strerror}; free some disk"
-            raise UserError(text) from error
+        rows = npy.open_memmap(path, "w+", dtype, (len(self.items(shard)), *shape))
+        if hasattr(os, "posix_fallocate"):  # else a full disk kills who writes to the map
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, rows.offset + rows.nbytes)
         return rows
 
     def seal(self, shard: int, record: dict, kept: Sequence[int] | None = None) -> None:
         """Make a draft final: drop the rows that are not in `kept` (ascending; None = keep all),
         make the files durable, give them their names, then write the record."""
-        for array, rows in self._drafts.pop(shard).items():
-            if kept is not None and len(kept) < len(rows):
-                _compact(rows, kept)
-            rows.flush()
-            sync(Path(rows.filename))
-            Path(rows.filename).replace(self.file(array, shard))
-        write_json(self.record_file(shard), record)
+        with self._writes():
+            for array, rows in self._drafts.pop(shard).items():
+                if kept is not None and len(kept) < len(rows):
+                    _compact(rows, kept)
+                rows.flush()
+                path = Path(str(rows.filename))
+                sync(path)
+                path.replace(self.file(array, shard))
+            write_json(self.record_file(shard), record)
 
     def finish(self, meta: dict) -> None:
         """Write meta.json: the folder is finished."""
-        write_json(self.folder / META, meta)
+        with self._writes():
+            write_json(self.folder / META, meta)
 
     def read(self, shard: int, array: str) -> np.memmap:
         """(n, ...) rows of a finished shard, memory-mapped."""
         return npy.open_memmap(self.file(array, shard), "r")
 
-    def record(self, shard: int) -> dict:
-        """What `seal` wrote beside a finished shard."""
-        return read_json(self.record_file(shard), "run the same command again")
+    def record(self, shard: int, kind: type[Record]) -> Record:
+        """What `seal` wrote beside a finished shard, as a record of the dataclass `kind`."""
+        path = self.record_file(shard)
+        return load_record(path, kind, f"delete {path.name} and run the same command again")
 
-    def records(self) -> list[dict]:
+    def records(self, kind: type[Record]) -> list[Record]:
         """What `seal` wrote beside each shard; all of them are finished."""
-        return [self.record(shard) for shard in range(self.num_shards)]
+        return [self.record(shard, kind) for shard in range(self.num_shards)]
 
     def remove(self) -> None:
         """Delete the folder with all that is in it."""
@@ -198,6 +223,14 @@ class ShardedFolder:
 
 def shard_file(folder: Path, array: str, shard: int) -> Path:
     return folder / f"{array}-{shard:05d}.npy"
+
+
+def remedy_for_meta(folder: Path, kind: str, again: str, other: str) -> str:
+    """What to do about a META that is absent or does not fit: `again`, where the command that makes
+    folders of the format `kind` has begun this one, else `other`."""
+    if (read_record(folder / PLAN) or {}).get("format") != kind:
+        return other
+    return again if os.path.lexists(folder / META) else f"the folder is unfinished: {again}"
 
 
 def plan_differences(begun: dict, plan: dict) -> list[str]:
@@ -221,10 +254,61 @@ def _compact(rows: np.memmap, kept: Sequence[int]) -> None:
             rows[new] = rows[old]
     rows.flush()
     header = npy.header_data_from_array_1_0(rows) | {"shape": (len(kept), *rows.shape[1:])}
-    with open(rows.filename, "r+b") as file:
+    with open(str(rows.filename), "r+b") as file:
         npy.write_array_header_1_0(file, header)
         assert file.tell() == rows.offset  # numpy pads headers so that the first axis can change
         file.truncate(rows.offset + len(kept) * rows[0].nbytes)
+
+
+def check_rows(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """`ValueError` unless a file holds a whole array of this shape and dtype, in C order."""
+    held, found, fortran, start = read_header(path)
+    if (held, found) != (shape, dtype) or (fortran and len(shape) > 1):
+        order = ", Fortran order" if fortran else ""
+        raise ValueError(f"holds {found} {held}{order}, expected {dtype} {shape}")
+    expected = start + math.prod(shape) * dtype.itemsize
+    if path.stat().st_size != expected:
+        raise ValueError(f"is cut short: {path.stat().st_size} bytes, expected {expected}")
+
+
+def read_header(path: Path) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+    """Shape, dtype, whether in Fortran order, and length of the header of an .npy; `ValueError` if
+    it is none."""
+    if not os.path.isfile(path):
+        found = what_is(path)
+        raise ValueError("is missing" if found == "absent" else f"is {found}, expected an .npy")
+    try:
+        with path.open("rb") as file:
+            first = npy.read_magic(file) == (1, 0)
+            shape, fortran, dtype = (
+                npy.read_array_header_1_0(file) if first else npy.read_array_header_2_0(file)
+            )
+            return shape, dtype, fortran, file.tell()
+    except Exception as error:  # numpy's parser of headers raises what Python's parser does
+        raise ValueError(f"is no whole .npy: it is {what_is(path)} ({error})") from error
+
+
+def load_column(path: Path, length: int, dtype: type, remedy: str) -> np.ndarray:
+    """(length,) of `dtype` from an .npy file; `UserError` ending in `remedy` if it holds something
+    else, which is found before memory is taken."""
+    try:
+        check_rows(path, (length,), np.dtype(dtype))
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} {error}; {remedy}") from None
+
+
+def load_keys(folder: Path, length: int, remedy: str) -> list[str]:
+    """The keys of the rows; `UserError` ending in `remedy` if there are not `length` different
+    ones."""
+    path = folder / KEYS
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is {what_is(path)}, expected a text file; {remedy}")
+    keys = path.read_bytes().decode(*TEXT).split("\n")[:-1]
+    if len(keys) != length or len(set(keys)) != length:
+        text = f"{path} holds {len(keys)} lines, {len(set(keys))} different ones"
+        raise UserError(f"{text}, expected {length}; {remedy}")
+    return keys
 
 
 @dataclass
@@ -232,22 +316,24 @@ class ShardedRows:
     """The rows of one array in all its shards, by the number of the item. Files are mapped when
     they are first read, at most `open_files` at a time: each map holds a file descriptor.
 
-    `UserError`, ending in `remedy`, if a file is missing or shorter than `lengths` says.
+    `UserError`, ending in `remedy`, if a file is missing, or does not hold as many rows as
+    `lengths` says, of this shape and dtype.
     """
 
     files: Sequence[Path]
     lengths: Sequence[int]
-    row_bytes: int
+    row: tuple[tuple[int, ...], DTypeLike]
     remedy: str
     open_files: int = 256
 
     def __post_init__(self) -> None:
-        self._ends = np.cumsum(self.lengths, dtype=np.int64)
-        self._maps: dict[int, np.ndarray] = {}
+        (shape, dtype), self._maps = self.row, dict[int, np.ndarray]()
         for path, length in zip(self.files, self.lengths):
-            if not path.is_file() or path.stat().st_size < length * self.row_bytes:
-                text = f"{path} is missing or cut short (expected {length} images)"
-                raise UserError(f"{text}; {self.remedy}")
+            try:
+                check_rows(path, (length, *shape), np.dtype(dtype))
+            except (OSError, ValueError, EOFError) as error:
+                raise UserError(f"{path} {error}; {self.remedy}") from None
+        self._ends = np.cumsum(self.lengths, dtype=np.int64)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_maps": {}}
@@ -263,5 +349,8 @@ class ShardedRows:
         if shard not in self._maps:
             if len(self._maps) >= self.open_files:
                 del self._maps[next(iter(self._maps))]
-            self._maps[shard] = npy.open_memmap(self.files[shard], "r")
+            try:
+                self._maps[shard] = npy.open_memmap(self.files[shard], "r")
+            except (OSError, ValueError) as error:  # since the start, it went away
+                raise UserError(f"{self.files[shard]} {error}; {self.remedy}") from error
         return self._maps[shard][i - int(self._ends[shard])]  # negative: counted from the end

@@ -1,5 +1,7 @@
 """Data that need no files: scikit-learn's digits, and noise for benchmarks."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -16,6 +18,7 @@ class DigitsSource(Source):
     `split` is "all", or "train" / "test": 80% / 20% of every class, the same for everybody.
     """
 
+    labels: np.ndarray
     needs_path = False
     splits = ("all", "train", "test")
 
@@ -23,7 +26,7 @@ class DigitsSource(Source):
         from sklearn.datasets import load_digits
 
         super().__init__(None, resolution)
-        digits = load_digits()
+        digits: Any = load_digits()
         self.classes = list("0123456789")
         self._indices = _split_digits(digits.target, split)
         self._grey = np.rint(digits.images[self._indices] * (255 / 16)).astype(np.uint8)
@@ -54,6 +57,7 @@ def _split_digits(labels: np.ndarray, split: str) -> np.ndarray:
 class SyntheticSource(Source):
     """10,000 images of noise in 1,000 classes, a function of the index: for benchmarks only."""
 
+    labels: np.ndarray
     needs_path = False
 
     def __init__(self, root: None, resolution: int, split: str = "all") -> None:

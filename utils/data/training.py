@@ -6,19 +6,23 @@ from accelerate import Accelerator
 
 from models.errors import UserError
 from utils.config.schema import Config
-from utils.data.base import Source
+from utils.data.base import BadImages, Source
 from utils.data.latents import CachedSource, LatentCache
 from utils.data.registry import open_source
 from utils.data.sampling import Loader, StepSampler, make_loader
 
 
 def open_training_data(config: Config) -> Source:
-    """The source that the config names; `UserError` if its classes are not the expected ones."""
+    """The source that the config names; `UserError` if its classes are not the expected ones. Where
+    an image cannot be read, another one takes its place, as `data.max_bad_images` says."""
     d = config.data
     source = open_source(d.source, d.path, d.resolution, d.split)
     if d.num_classes not in (None, source.num_classes):
         text = f"data.num_classes={d.num_classes}, but the data has {source.num_classes}"
         raise UserError(f"{text}: correct it, or set data.num_classes=null")
+    if d.path and source.root is None:
+        source.notes = [*source.notes, f"data.source={d.source} does not read data.path={d.path}"]
+    source.bad = BadImages(d.max_bad_images)
     return source
 
 
@@ -36,11 +40,24 @@ def join_cache(config: Config, source: Source) -> Source:
     return CachedSource(source, cache, features, pixels=config.uses_encoder and not features)
 
 
-def open_loader(config: Config, source: Source, accelerator: Accelerator, first: int) -> Loader:
-    """The batches of this rank from step `first` on, as `make_loader` describes them."""
-    rank, world, run = accelerator.process_index, accelerator.num_processes, config.run
-    steps = {"start_step": first, "end_step": run.steps}
+def open_loader(
+    config: Config,
+    source: Source,
+    accelerator: Accelerator,
+    first: int,
+    left_out: frozenset[int] = frozenset(),
+) -> Loader:
+    """The batches of this rank from step `first` on, without those of the steps `left_out`, as
+    `make_loader` describes them."""
+    run = config.run
     sampler = StepSampler(
-        len(source), run.batch_size, seed=run.seed, rank=rank, world=world, **steps
+        len(source),
+        run.batch_size,
+        seed=run.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        start_step=first,
+        end_step=run.steps,
+        left_out=left_out,
     )
     return make_loader(source, sampler, config.data.workers, accelerator.device.type == "cuda")

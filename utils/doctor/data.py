@@ -3,14 +3,15 @@
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from models.errors import UserError
 from utils.config.schema import Config
-from utils.data.base import Source
+from utils.data.base import Source, cautions, describe
 from utils.data.folder import FolderSource
-from utils.data.training import join_cache, open_training_data
+from utils.data.images import open_image
+from utils.data.latents import CachedSource
+from utils.data.training import join_cache
 from utils.doctor.findings import Finding, check, fail, ok, warn
+from utils.training.plan import open_data
 
 SAMPLED = 8  # images that are read
 
@@ -20,19 +21,14 @@ def check_source(c: Config) -> Generator[Finding, None, Source | None]:
     """The source opens, with the expected classes and enough images; returns it."""
     d = c.data
     try:
-        source = open_training_data(c)
+        source = open_data(c)
     except UserError as error:
         if d.source != "packed" or not d.path or Path(d.path).expanduser().is_dir():
             raise
         command = f"python scripts/prepare_data.py IMAGES {d.path} --resolution {d.resolution}"
         raise UserError(f"{error}, or make it: {command}") from None
-    num, origin = len(source), f"{d.source} {d.path or d.split}"
-    text = f"{num:,} images of {source.num_classes:,} classes, {origin}"
-    if source.num_classes == 1:
-        text = f"{num:,} images of one class, {origin}; guidance (cfg_scale) does next to nothing"
-    yield ok(text)
-    if num < c.run.batch_size:
-        yield fail(f"{num:,} images are fewer than run.batch_size={c.run.batch_size}: lower it")
+    yield ok(f"{describe(source)}; {d.source} {d.path or d.split}")
+    yield from map(warn, cautions(source))
     return source
 
 
@@ -41,7 +37,9 @@ def check_latents(c: Config, source: Source | None) -> Iterator[Finding]:
     """Cached latents belong to these images and hold what the config asks for."""
     if c.data.latents is None or source is None:
         return
-    made_by = join_cache(c, source).cache.meta["vae"]
+    joined = join_cache(c, source)
+    assert isinstance(joined, CachedSource)
+    made_by = joined.cache.meta.vae
     yield ok(f"{c.data.latents}, made by {made_by}; its weights are compared at the start")
 
 
@@ -56,7 +54,8 @@ def check_images(source: Source | None) -> Iterator[Finding]:
         try:
             source[i]
             if isinstance(source, FolderSource):  # other sources hold images cut to size
-                with Image.open(source.root / source.key(i)) as image:
+                path = source.root / source.key(i)
+                with open_image(path, str(path)) as image:
                     sides.append(min(image.size))
         except UserError as error:
             problems.append(error)

@@ -6,8 +6,8 @@ from models.vae import VAES, vae_weight_file
 from utils.config.schema import Config, per_rank_batch
 from utils.data.base import Source
 from utils.doctor.findings import Finding, check, ok, warn
-from utils.training.networks import Networks, skeleton
-from utils.training.plan import parameters
+from utils.training.networks import Networks
+from utils.training.plan import Start, check_networks, parameters, require_fit
 
 PUBLISHED_BATCH = 256  # images of one step in all of the paper's runs
 
@@ -30,13 +30,19 @@ def check_batch(
 
 
 @check("tokens")
-def check_tokens(c: Config, source: Source | None) -> Generator[Finding, None, Networks | None]:
-    """Latents, patches and encoder features meet; returns the networks on the meta device."""
-    file = None if c.vae.name in VAES else vae_weight_file(c.vae.name, "hub")
+def check_tokens(
+    c: Config, source: Source | None, found: Start | None
+) -> Generator[Finding, None, Networks | None]:
+    """Latents, patches and encoder features meet, and the checkpoint that the run begins with fits;
+    returns the networks on the meta device."""
+    origin = found and found.origin
+    file = None if origin or c.vae.name in VAES else vae_weight_file(c.vae.name, "hub")
     if file and file.find() is None:
         yield warn(f"unknown: config.json of {c.vae.name} is not here, and not downloaded for this")
         return None
-    nets = skeleton(c, (source or c.data).num_classes or 1000)
+    nets = check_networks(c, source, origin)
+    if found and origin:
+        require_fit(nets, origin, resume=found.checkpoint is not None)
     latents = "x".join(map(str, nets.vae.latent_shape(c.data.resolution)))
     sizes = parameters(nets.vae, nets.sit, nets.disc)
     aligned = f", aligned with {', '.join(c.encoder.names)}" if c.uses_encoder else ""

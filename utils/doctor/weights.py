@@ -11,27 +11,35 @@ from models.errors import UserError
 from models.lpips import vgg_weight_file
 from models.vae import vae_weight_file
 from models.weights import WeightFile, short
-from utils.checkpoint import DISCRIMINATOR, VAE_FOLDER
+from utils.checkpoint import DISCRIMINATOR
 from utils.config.schema import Config
+from utils.data.base import Source
 from utils.doctor.findings import Finding, check, fail, ok, warn
-from utils.evaluation.metrics import METRICS, select_metrics
-from utils.evaluation.networks import require_weights
-from utils.evaluation.reference import Reference
+from utils.training.networks import uses_disc_weights, vae_spec
+from utils.training.online_evaluation import check_evaluation
+from utils.training.plan import Start, weight_checks
 
 TIMEOUT = 3  # seconds for one look at the network
 
 
 @check("weights")
-def check_weights(c: Config, start: Path | None) -> Iterator[Finding]:
-    """A finding for each file that the run will read; `start` is the checkpoint it begins from."""
-    files = list(needed_files(c, start))
+def check_weights(c: Config, source: Source | None, found: Start | None) -> Iterator[Finding]:
+    """A finding for each file that the run will read, which fits; `found`: what it begins from."""
+    origin = found and found.origin
+    files, failed = list(needed_files(c, origin)), set()
     for name, find, *where in files:
         try:
             yield weight_file_status(find(*where), name)
         except UserError as error:
             yield fail(str(error), name)
+            failed.add(name)
+    for name, fit in weight_checks(c, origin):
+        try:
+            fit() if name not in failed else None
+        except UserError as error:
+            yield fail(str(error), name)
     if c.eval.every:
-        yield from check_evaluation(c)
+        yield from check_evaluations(c, source)
     late = c.disc.weights or c.disc.pretrain_steps or c.loss.reg.gan_start
     if any(name == "disc" for name, *_ in files) and c.vae.weights and not late:
         yield warn(
@@ -43,14 +51,14 @@ def check_weights(c: Config, start: Path | None) -> Iterator[Finding]:
 
 def needed_files(c: Config, start: Path | None) -> Iterator[tuple]:
     """(name, what looks for the file, its arguments) for each file that `build_networks` reads."""
-    vae = (str(start / VAE_FOLDER), "hub") if start else (c.vae.name, c.vae.weights)
-    yield "vae", vae_weight_file, *vae
+    yield "vae", vae_weight_file, *vae_spec(c, start)
     if c.uses_encoder and not c.encoder.cached:
         for name, file in zip(c.encoder.names, c.encoder.weights or [None] * len(c.encoder.names)):
             yield "encoder", encoder_weight_file, name, file
     if c.vae.train and c.loss.reg.lpips:
         yield "lpips", vgg_weight_file, c.loss.reg.lpips_weights
-    if c.uses_disc and not (start and (start / DISCRIMINATOR).is_file()):
+    inherited = start is not None and (start / DISCRIMINATOR).is_file()
+    if c.uses_disc and (uses_disc_weights(c, start) or not inherited):
         yield "disc", discriminator_file, c.disc.weights
 
 
@@ -61,18 +69,9 @@ def discriminator_file(weights: str | None) -> WeightFile | None:
 
 
 @check("eval")
-def check_evaluation(c: Config) -> Iterator[Finding]:
-    """Feature network and reference of the evaluations in training, which download nothing."""
-    try:
-        select_metrics(METRICS, tuple(c.eval.metrics))
-        require_weights(c.eval.features, c.eval.weights)
-        if c.eval.reference:
-            Reference(c.eval.reference, c.data.resolution)
-    except UserError as error:
-        settings = "eval.features, eval.weights, eval.metrics, eval.reference"
-        raise UserError(
-            f"{error} (here these are {settings}; eval.every=0 leaves evaluation out)"
-        ) from None
+def check_evaluations(c: Config, source: Source | None) -> Iterator[Finding]:
+    """The evaluations in training are possible; they download nothing."""
+    check_evaluation(c, source)
     yield ok(f"{c.eval.features} against {c.eval.reference or 'the training images'}")
 
 

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from models.errors import UserError
+from models.weights import short
 from utils.distributed import Ranks
 from utils.evaluation.image_sets import ImageSet, open_images, record_beside, sampling_settings
 from utils.evaluation.metrics import METRICS, Metric, Pair, select_metrics
@@ -29,17 +32,19 @@ def evaluate(
     `progress(what)` returns a callback that takes the number of images done. Raises `UserError`.
     """
     options, ranks = options or Options(), ranks or Ranks(device=net.device if net else None)
-    _refuse_swapped(samples, reference)
-    images = open_images(samples)
+    refuse_swapped(samples, reference)
+    images, beside = open_images(samples), record_beside(samples)
     target = None if reference is None else Reference(reference, images.size[0])
     _check_sizes(images, target)
-    net = net or load_network(options, ranks)
-    metrics, left_out = choose_metrics(options.metrics, net.family, target)
-    _check_counts(metrics, images, target)
+    if net is None:
+        net = load_network(options, ranks)
+        check_network(net, images.size)
+    metrics, left_out = check_possible(images, target, options.metrics, net)
 
     compared = [metric for metric in metrics if metric.needs_reference]
     of_reference = {}
     if compared:
+        assert target is not None  # `check_possible` refuses these metrics without one
         of_reference = target.statistics(
             net, dict.fromkeys(metric.feature for metric in compared), ranks, options,
             rows_of={metric.feature for metric in compared if metric.reference_rows},
@@ -52,7 +57,7 @@ def evaluate(
         progress=progress and progress("samples"),
     )  # fmt: skip
 
-    record = new_record(net, images, ranks.on_main(images.fingerprint), record_beside(samples))
+    record = new_record(net, images, ranks.on_main(images.fingerprint), beside)
     record["reference"] = target.facts if target else None
     record["warnings"] += left_out + _remarks(images, record)
 
@@ -66,6 +71,37 @@ def evaluate(
         return record
 
     return ranks.on_main(complete)
+
+
+def check_possible(
+    images: ImageSet, target: Reference | None, asked: tuple[str, ...] | None, net: FeatureNet
+) -> tuple[list[Metric], list[str]]:
+    """What `choose_metrics` gives; `UserError` unless these metrics can be computed of these images
+    with this network and reference. No image is read."""
+    metrics, left_out = check_sets(images, target, asked, net.family)
+    if target:
+        target.check_file(net, {metric.feature for metric in metrics if metric.needs_reference})
+    return metrics, left_out
+
+
+def check_sets(
+    images: ImageSet, target: Reference | None, asked: tuple[str, ...] | None, family: str
+) -> tuple[list[Metric], list[str]]:
+    """`check_possible` without the network, of which only the family is known."""
+    _check_sizes(images, target)
+    metrics, left_out = choose_metrics(asked, family, target)
+    _check_counts(metrics, images, target)
+    return metrics, left_out
+
+
+def check_network(net: FeatureNet, size: tuple[int, int]) -> None:
+    """`UserError` unless the network takes images of this size (H, W); it is tried on one."""
+    height, width = size
+    try:
+        net(torch.zeros(1, 3, height, width, dtype=torch.uint8))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"{net.label} takes no images of {height}x{width} px ({short(error, 100)})"
+                        ": choose other features") from None  # fmt: skip
 
 
 def choose_metrics(
@@ -103,7 +139,7 @@ def _undefined(metric: Metric, family: str, target: Reference | None) -> str | N
     return target.missing(metric.feature, rows=metric.reference_rows)
 
 
-def _refuse_swapped(samples, reference) -> None:
+def refuse_swapped(samples, reference) -> None:
     """`UserError` where the files themselves show that the two arguments are exchanged."""
     paths = [isinstance(s, str | Path) and Path(s).is_file() for s in (samples, reference)]
     remedy = "it looks as if --samples and --reference are swapped"
@@ -129,9 +165,9 @@ def _check_sizes(images: ImageSet, target: Reference | None) -> None:
 def _check_counts(metrics: list[Metric], images: ImageSet, target: Reference | None) -> None:
     """`UserError` if one of the sets has too few images for one of the metrics."""
     for metric in metrics:
-        in_reference = metric.needs_reference and target.images is not None
-        for each in (images, target.images) if in_reference else (images,):
-            if len(each) < metric.least_images:
+        reference = target.images if target and metric.needs_reference else None
+        for each in (images, reference):
+            if each is not None and len(each) < metric.least_images:
                 raise UserError(f"{each.name} has {len(each)} image(s), {metric.name} needs at "
                                 f"least {metric.least_images}; give more images")  # fmt: skip
 

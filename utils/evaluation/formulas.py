@@ -229,9 +229,9 @@ class LatentStatistics:
         if not len(z):
             return
         z = z.to(self.sums)
-        differences = [z.diff(dim=d).abs().sum((2, 3)) for d in (2, 3)]
+        across, down = (z.diff(dim=d).abs().sum((2, 3)) for d in (2, 3))
         variance = z.var((2, 3), correction=0)
-        parts = (z.mean((2, 3)), z.square().mean((2, 3)), variance, sum(differences))
+        parts = (z.mean((2, 3)), z.square().mean((2, 3)), variance, across + down)
         self.sums[0] += len(z)
         for row, part in zip(self.sums[1:], parts):
             row += part.sum(0)

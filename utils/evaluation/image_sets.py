@@ -4,31 +4,34 @@ Nothing is resized here (a resize before Inception changes every number), nothin
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from models.errors import UserError
+from models.errors import UserError, what_is
+from utils.cli import expand_path
 from utils.data.base import Source
 from utils.data.folder import IMAGE_EXTENSIONS, natural_key
+from utils.data.images import open_image
 from utils.data.packed import PACKED_FORMAT
 from utils.data.registry import open_source, source_class
 from utils.data.sharded import META
 from utils.evaluation.npz_images import (
     ArrayImages,
     ImageSet,
-    check_array,
+    check_layout,
     open_array_file,
-    readable,
 )
-from utils.evaluation.options import IMAGES, SOURCE_SPEC
-from utils.files import read_json, read_record
+from utils.evaluation.options import IMAGES, SOURCE_SPEC, is_source
+from utils.files import TEXT, read_json, read_record
+from utils.records import load_record, number
 
 READ_THREADS = 8  # PIL decodes outside the interpreter lock
 
@@ -44,25 +47,34 @@ def open_images(spec, resolution: int = 256, split: str = "all") -> ImageSet:
         if spec.dtype != torch.uint8:
             raise UserError(f"{spec.dtype} images, expected uint8; see utils/data/images.py")
         array = spec.numpy(force=True)
-        check_array("tensor in memory", array, channels=1)
+        check_layout("tensor in memory", array.shape, array.dtype, channels=1)
         return ArrayImages(array.transpose(0, 2, 3, 1), "in memory", "tensor")
     if isinstance(spec, np.ndarray):
         return ArrayImages(spec, "in memory", "array")
-    path = Path(spec).expanduser()
+    path = Path(expand_path(str(spec)))
     if path.suffix in (".npz", ".npy") and not path.is_dir():
         return open_array_file(path)
     if path.is_dir():
         packed = _open_packed(path)
         return SourceImages(*packed) if packed else FolderImages(path)
+    if not is_source(str(spec)) and (found := what_is(path)) != "absent":
+        raise UserError(f"{spec} is {found}, expected {IMAGES}")
     return SourceImages(*parse_source(str(spec), resolution, split))
 
 
 def _open_packed(path: Path) -> tuple[Source, str] | None:
     """Data packed by scripts/prepare_data.py, at their resolution; None for any other folder."""
-    meta = read_record(path / META) or {}
-    if meta.get("format") != PACKED_FORMAT or "resolution" not in meta:
+    if (read_record(path / META) or {}).get("format") != PACKED_FORMAT:
         return None
-    return open_source("packed", path, meta["resolution"]), f"packed:{path}"
+    side = load_record(path / META, _Packed, "pack the images again").resolution
+    return open_source("packed", path, side), f"packed:{path}"
+
+
+@dataclass
+class _Packed:
+    """What is read here of the meta.json of packed data."""
+
+    resolution: int = number(at_least=1)
 
 
 def parse_source(spec: str, resolution: int, split: str = "all") -> tuple[Source, str]:
@@ -72,14 +84,15 @@ def parse_source(spec: str, resolution: int, split: str = "all") -> tuple[Source
     if not match:
         raise UserError(f"{spec!r}: no such file or folder; expected {IMAGES}")
     name, path, at = match.groups()
+    path = path and Path(expand_path(path))
     resolution = int(at or resolution)
     cls = source_class(name)
     if not cls.needs_path:
-        path, split = None, path or split
-    elif name == "packed" and path and not at and (packed := _open_packed(Path(path))):
+        path, split = None, str(path or split)
+    elif name == "packed" and path and not at and (packed := _open_packed(path)):
         return packed
-    part = split if len(cls.splits) > 1 else None
-    full = ":".join(filter(None, (name, path, part)))
+    part = split if len(cls.splits) > 1 else ""
+    full = ":".join(filter(None, (name, str(path or ""), part)))
     return open_source(name, path, resolution, split), f"{full}@{resolution}"
 
 
@@ -90,8 +103,11 @@ class FolderImages(ImageSet):
     kind = "folder"
 
     def __init__(self, root: Path):
-        found = (p for p in root.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS)
-        names = [p.relative_to(root).as_posix() for p in found if not p.name.startswith(".")]
+        walk = os.walk(root, onerror=_cannot_list)
+        found = (Path(folder, name) for folder, _, files in walk for name in files)
+        images = (p for p in found if p.suffix.lower() in IMAGE_EXTENSIONS)
+        names = [p.relative_to(root).as_posix() for p in images]
+        names = [name for name in names if not (name.startswith(".") or "/." in name)]
         if not names:
             raise UserError(f"no images below {root}: expected {', '.join(IMAGE_EXTENSIONS)}")
         self.root, self.name, self.names = root, str(root), sorted(names, key=natural_key)
@@ -109,14 +125,20 @@ class FolderImages(ImageSet):
         """Of names and file bytes: cheaper than pixels, and as telling."""
         digest = hashlib.sha256()
         for name in self.names:
-            digest.update(f"{name}\0".encode())
+            digest.update(f"{name}\0".encode(*TEXT))
             digest.update((self.root / name).read_bytes())
         return digest.hexdigest()
 
 
+def _cannot_list(error: OSError) -> None:
+    raise UserError(f"cannot list {error.filename}: {error.strerror}; repair or remove it")
+
+
 def _decode(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     """(H, W, 3) uint8; `UserError` unless it is 8-bit RGB and of `size`, if that is given."""
-    with readable(path), Image.open(path) as image:
+    if not path.is_file():
+        raise UserError(f"{path} is {what_is(path)}, expected an image: repair or remove it")
+    with open_image(path, str(path)) as image:
         if image.mode != "RGB":
             raise UserError(f"{path}: mode {image.mode}, expected 8-bit RGB; convert it, or read "
                             "the folder as data: folder:DIR@RES crops and converts")  # fmt: skip
@@ -142,7 +164,8 @@ class SourceImages(ImageSet):
     def read(self, start: int, stop: int) -> np.ndarray:
         # memory in the order (3, H, W) for every source: the last bits of a convolution depend on
         # the layout, and recorded numbers come from this one
-        images = _in_threads(lambda i: self.source[i][0].contiguous().numpy(), range(start, stop))
+        take = self.source.take
+        images = _in_threads(lambda i: take(i)[0].contiguous().numpy(), range(start, stop))
         return np.stack(images).transpose(0, 2, 3, 1)
 
     def fingerprint(self) -> str:
@@ -183,12 +206,14 @@ def read_ahead(images: ImageSet, blocks: Iterable[tuple[int, int]]) -> Iterator[
     with ThreadPoolExecutor(1) as reader:
         submitted = (reader.submit(images.read, *block) for block in blocks)
         for pending, _ in pairwise(chain(submitted, [None])):
+            assert pending is not None  # the last one is only ever a successor
             yield torch.tensor(pending.result()).permute(0, 3, 1, 2)
 
 
 def record_beside(spec) -> dict | None:
     """The JSON of the same name beside a file of samples, as of sample_ddp.py; None without one."""
-    path = Path(spec).with_suffix(".json") if isinstance(spec, str | Path) else None
+    named = isinstance(spec, str | Path) and Path(spec).name  # "." and "/" have no name
+    path = Path(spec).with_suffix(".json") if named else None
     if path is None or not path.is_file():
         return None
     return read_json(path, "copy or make it again, or remove it")
@@ -197,4 +222,4 @@ def record_beside(spec) -> dict | None:
 def sampling_settings(record: dict | None) -> dict:
     """The settings in a record of sample_ddp.py; empty for anything else of the same name."""
     settings = record.get("settings", record) if isinstance(record, dict) else {}
-    return settings if "solver" in settings else {}
+    return settings if isinstance(settings, dict) and "solver" in settings else {}

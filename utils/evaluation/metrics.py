@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from utils.evaluation.formulas import LatentStatistics
     from utils.evaluation.networks import FeatureNet
-    from utils.evaluation.statistics import Statistics
 
 # samples in published tables
 PAPER_SIZE = 50_000
@@ -38,10 +37,11 @@ PR_NEIGHBOUR = 3
 @dataclass
 class Pair:
     """What a metric is computed from: statistics of one feature, which `net` computed, of the
-    samples and of the reference (None if no metric needs it)."""
+    samples and of the reference. `reference` is None, and so are the rows of either, unless the
+    metric asks for them (`Metric.needs_reference`, `reference_rows`, `sample_rows`)."""
 
-    reference: Statistics | None
-    samples: Statistics
+    reference: Any
+    samples: Any
     net: FeatureNet
     pr_mode: str
 
@@ -50,7 +50,8 @@ class Pair:
         import torch
 
         both = self.reference.rows, self.samples.rows
-        return tuple(torch.from_numpy(rows).to(self.net.device) for rows in both)
+        of_reference, of_samples = (torch.from_numpy(r).to(self.net.device) for r in both)
+        return of_reference, of_samples
 
     @cached_property
     def precision_recall(self) -> tuple[float, float]:
@@ -134,6 +135,7 @@ def inception_score(pair: Pair) -> Result:
     """Inception Score in file order, as ADM computes it; beside it the score in random order."""
     from utils.evaluation import formulas
 
+    assert pair.net.fc_weight is not None  # of Inception, the only family with this metric
     rows, weight = pair.samples.rows, pair.net.fc_weight.float().cpu()
     order = np.random.Generator(np.random.PCG64(IS_SHUFFLE_SEED)).permutation(len(rows))
     value, std = formulas.inception_score(rows, weight, split_size=IS_SPLIT)
@@ -208,6 +210,9 @@ class VaeMetric:
     latents: Callable[[LatentStatistics], dict] | None = None
     # whether the LPIPS network has to be loaded
     needs_lpips: bool = False
+    # smallest number of images, and smallest side in pixels
+    least_images: int = 1
+    least_side: int = 1
     # whether it is computed when no metrics are named
     by_default: bool = True
 
@@ -222,19 +227,21 @@ def psnr_or_ssim(name: str, pictures: Pictures) -> Tensor:
 
 def lpips(pictures: Pictures) -> Tensor:
     """LPIPS of each image, from 0."""
+    assert pictures.lpips is not None  # `VaeMetric.needs_lpips`
     return pictures.lpips(pictures.reconstruction, pictures.original).double().flatten()
 
 
 RFID = {"inception": ("rFID-50K", "rFID"), "dinov2": ("rFD-DINOv2-50K", "rFD-DINOv2")}
 VAE_METRICS: dict[str, VaeMetric] = by_name(
     VaeMetric("rfid", "features of the same images before and after, both as uint8",
-              protocol_name="frechet", features=Metric("rfid", frechet, RFID, other="rFD")),
+              protocol_name="frechet", features=Metric("rfid", frechet, RFID, other="rFD"),
+              least_images=2),
     VaeMetric("psnr", "dB per image on uint8, mse floored at 1e-10 of [0, 1], mean over images",
               pictures=partial(psnr_or_ssim, "psnr")),
     VaeMetric("ssim", "uint8 RGB, 11x11 Gaussian window of sigma 1.5, only where it lies inside, "
-              "mean over images", pictures=partial(psnr_or_ssim, "ssim")),
+              "mean over images", pictures=partial(psnr_or_ssim, "ssim"), least_side=11),
     VaeMetric("lpips", "lpips package, net=vgg, version 0.1, inputs in [-1, 1], clamped",
-              pictures=lpips, needs_lpips=True, by_default=False),
+              pictures=lpips, needs_lpips=True, by_default=False, least_side=16),
     VaeMetric("latents", "un-normalised posterior; spatial variance of a map, and total variation "
               "= sum of absolute differences of neighbours in a map, both averaged over maps",
               latents=lambda statistics: statistics.result()),

@@ -18,19 +18,28 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from models.errors import UserError
-from models.weights import WeightFile, load_strictly, read_state, short
+from models.errors import SAFETENSORS, UserError, what_is
+from models.weights import (
+    WeightFile,
+    load_strictly,
+    read_state,
+    require_finite,
+    require_match,
+    short,
+)
 from utils.distributed import Ranks
 from utils.evaluation.options import PUBLISHED, Options, parse_features
 from utils.files import sha256_file
 from utils.precision import exact_float32
+from utils.records import number, parse_record
 
 
 @dataclass
@@ -99,9 +108,10 @@ def _published_file(
 ) -> tuple[Path, str]:
     """The checked weight file of inception or dinov2 => (path, its sha256). `path` None: that in
     torch's hub cache. `sha256`: the user's word that weights other than the published are meant."""
-    published = PUBLISHED[family]
+    published: dict[str, Any] = dict(PUBLISHED[family])
+    known: dict[str, Any] = published | ({"sha256": sha256} if sha256 else {})
     file = WeightFile(
-        **published | ({"sha256": sha256} if sha256 else {}), path=Path(path) if path else None,
+        **known, path=Path(path) if path else None,
         setting="--weights {}", otherwise=f"add --download (sha256 {published['sha256']})",
     )  # fmt: skip
     found = file.fetch(download)
@@ -120,13 +130,16 @@ class ADMInception:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         # torch-fidelity unpickles the file it is given; it gets a copy that holds tensors alone
-        torch.save(read_state(path), tensors := io.BytesIO())
+        torch.save(state := read_state(path), tensors := io.BytesIO())
         tensors.seek(0)
         try:
             net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], tensors)
-        except RuntimeError as error:  # from load_state_dict
+        except (RuntimeError, KeyError) as error:  # from load_state_dict
             raise UserError(f"weights of {path} do not fit Inception: {short(error)}") from None
-        self.net, self.spatial = net.to(device), None
+        require_match(net.state_dict(), state, path, "Inception")
+        require_finite(state, path)
+        self.net: Any = net.to(device)
+        self.spatial: Any = None
         net.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
     def _keep(self, module, inputs, output) -> None:
@@ -170,8 +183,9 @@ def _dinov2(path: Path, sha256: str, device: torch.device, name="vit_large_patch
     state = read_state(path)
     net = timm.create_model(name, pretrained=False, img_size=224, num_classes=0)
     state.pop("mask_token", None)  # used in pre-training only
-    if "pos_embed" in state:
-        state["pos_embed"] = hub_pos_embed(state["pos_embed"], 224 // 14)
+    pos_embed = state.get("pos_embed")
+    if pos_embed is not None and pos_embed.shape == (1, 1 + 37 * 37, net.embed_dim):
+        state["pos_embed"] = hub_pos_embed(pos_embed, 224 // 14)
     load_strictly(net, state, path, "DINOv2")
     facts = {"network": f"{name} (timm), hub-style pos_embed", "weights_sha256": sha256,
              "resize": "PIL bicubic to 224, uint8", "range": "ImageNet mean and std",
@@ -184,7 +198,10 @@ def _timm(name: str, checkpoint: str | None, download: bool, device: torch.devic
     import timm
 
     path = _timm_weight_file(name, checkpoint).fetch(download)
-    net = timm.create_model(name, pretrained=False, num_classes=0)
+    try:
+        net: Any = timm.create_model(name, pretrained=False, num_classes=0)
+    except RuntimeError as error:  # a tag that the network does not have
+        raise UserError(f"--features timm:{name}: {short(error)}") from None
     heads = net.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
     state = {k: v for k, v in read_state(path).items() if k.rpartition(".")[0] not in heads}
@@ -205,8 +222,9 @@ def _timm_weight_file(name: str, checkpoint: str | None) -> WeightFile:
     import timm
 
     if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), 3)
-        raise UserError(f"--features timm:{name}: timm has no {name!r}; nearest: {', '.join(near)}")
+        near = difflib.get_close_matches(name, timm.list_models(), 3, 0.8)
+        hint = f"nearest: {', '.join(near)}" if near else "timm.list_models() lists its networks"
+        raise UserError(f"--features timm:{name}: timm has no {name!r}; {hint}")
     setting = f"--features timm:{name}@{{}}"
     if checkpoint:
         return WeightFile(f"weights of timm's {name}", path=Path(checkpoint), setting=setting)
@@ -228,13 +246,37 @@ def _pooled_features(net, resize: Callable, device: torch.device) -> Callable:
 def _input_size(net, path: Path) -> tuple[int, int] | None:
     """The size a network must be fed at, which scripts/train_classifier.py states in the file, and
     timm for transformers of fixed size; None: the images' own."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get("classifier", "null"))
-        if facts is not None:
-            return (facts["size"], facts["size"])
+    facts = read_classifier_facts(path)
+    if facts:
+        return (facts.size, facts.size)
     fixed = net.pretrained_cfg.get("fixed_input_size")
     return tuple(net.pretrained_cfg["input_size"][1:]) if fixed else None
+
+
+@dataclass
+class ClassifierFacts:
+    """What scripts/train_classifier.py states in the metadata of a network that it has trained."""
+
+    # side in pixels at which it is fed
+    size: int = number(at_least=1, at_most=4096)
+    network: str = ""
+    seed: int = 0
+    # share of the test images that it classifies right
+    accuracy: float = number(0.0, at_least=0, at_most=1)
+
+
+def read_classifier_facts(path: Path) -> ClassifierFacts | None:
+    """The facts in a weight file; None if it has none, `UserError` if they are wrong."""
+    if what_is(path) != SAFETENSORS:
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("classifier", "null")
+            facts = json.loads(text)
+        return None if facts is None else parse_record(facts, ClassifierFacts, "classifier")
+    # whatever safetensors finds wrong; ValueError: no JSON, or a record that does not fit
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: its metadata are damaged ({error})") from None
 
 
 def _tensor_resize(size: tuple[int, int] | None, x_u8: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import UserError
+from utils.cli import expand_path
 from utils.data.registry import SOURCES
 
 # how to name images: `utils.evaluation.image_sets.open_images` reads these
@@ -67,4 +68,4 @@ def parse_features(spec: str) -> tuple[str, str, str | None]:
     name, _, checkpoint = rest.partition("@")
     if (family == "timm") != bool(name) or family not in (*PUBLISHED, "timm", "pixel"):
         raise UserError(f"--features {spec!r}: expected {FEATURES}")
-    return family, name, checkpoint or None
+    return family, name, expand_path(checkpoint) if checkpoint else None

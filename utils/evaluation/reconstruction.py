@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from models.errors import UserError
 from models.vae import VAE
 from utils.data.images import pm1_to_u8, u8_to_pm1
 from utils.distributed import Ranks
@@ -61,6 +62,7 @@ class Reconstruction:
         """Named values over all images of all ranks, in the order of the metrics."""
         sums = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=ranks.device)
         means = dict(zip(self.sums, (ranks.sum(sums) / total).tolist()))
+        assert self.latents is not None  # every rank has been given a batch
         self.latents.sums = ranks.sum(self.latents.sums)
         assert round(self.latents.sums[0, 0].item()) == total, (self.latents.sums[0, 0], total)
         values = {}
@@ -84,8 +86,7 @@ def evaluate_vae(
     """
     metrics = select_metrics(VAE_METRICS, options.metrics)
     ranks = ranks or Ranks(device=net.device if net else None)
-    for side in images.size:
-        vae.latent_shape(side)
+    check_images(images, vae, metrics)
     if net is None and any(metric.features for metric in metrics):
         net = load_network(options, ranks)
     assert lpips_net is not None or not any(metric.needs_lpips for metric in metrics)
@@ -100,14 +101,30 @@ def evaluate_vae(
     record["protocol"] |= {"posterior": posterior, "seed": seed if posterior == "sample" else None}
 
     def complete() -> dict:
-        pair = Pair(*statistics, net, options.pr_mode) if net else None
-        for row in filter(None, (metric.features for metric in metrics)):
-            add_result(record, row, row.compute(pair), net)
+        if net:
+            original, reconstructed = statistics
+            pair = Pair(original, reconstructed, net, options.pr_mode)
+            for row in filter(None, (metric.features for metric in metrics)):
+                add_result(record, row, row.compute(pair), net)
         record["metrics"] |= values
         assess_comparability(record, net, published_reference=True)
         return record
 
     return ranks.on_main(complete)
+
+
+def check_images(images: ImageSet, vae: VAE, metrics: list[VaeMetric]) -> None:
+    """`UserError` unless the VAE and the metrics take images of this number and size."""
+    (h, w), num = images.size, len(images)
+    for side in (h, w):
+        vae.latent_shape(side)
+    for metric in metrics:
+        if num < metric.least_images:
+            raise UserError(f"{images.name} has {num} image(s), {metric.name} needs at least "
+                            f"{metric.least_images}; give more images")  # fmt: skip
+        if min(h, w) < metric.least_side:
+            raise UserError(f"{images.name} has {h}x{w} images, {metric.name} needs a side of at "
+                            f"least {metric.least_side}; leave it out of --metrics")  # fmt: skip
 
 
 def measure(
@@ -122,7 +139,9 @@ def measure(
         x_u8 = x_u8.to(ranks.device)
         with exact_float32():
             y_u8 = run.add(x_u8, start, n)
-        for i, pictures in enumerate((x_u8, y_u8) if net else ()):
+        if net is None:
+            continue
+        for i, pictures in enumerate((x_u8, y_u8)):
             feats = net(pictures)["pool"]
             if len(collectors) == i:
                 dim, halves = feats.shape[1], i == 0 and not net.published

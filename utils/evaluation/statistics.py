@@ -46,7 +46,9 @@ class Statistics:
 
     def factor(self) -> np.ndarray:
         """(D, K) float64 whose product with its transpose is `cov`."""
-        return formulas.centred_factor(self.rows) if self.exact else formulas.factor(self.cov)
+        if self.exact and self.rows is not None:
+            return formulas.centred_factor(self.rows)
+        return formulas.factor(self.cov)
 
 
 def frechet_between(a: Statistics, b: Statistics) -> float:

@@ -5,19 +5,23 @@ shows, and its features measure the distance.
 """
 
 import json
+from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from models.errors import UserError
+from models.errors import UserError, what_is
+from models.weights import load_strictly, read_state, short
 from utils.data.images import pm1_to_01, u8_to_pm1
 from utils.data.registry import open_source
+from utils.evaluation.networks import read_classifier_facts
 from utils.random import generator
 
 
@@ -27,7 +31,7 @@ class Classifier:
 
     def __init__(self, net: nn.Module, size: int):
         self.net, self.size = net, size
-        cfg = net.pretrained_cfg
+        cfg: Any = net.pretrained_cfg
         self.mean = torch.tensor(cfg["mean"]).view(1, 3, 1, 1)
         self.std = torch.tensor(cfg["std"]).view(1, 3, 1, 1)
 
@@ -37,6 +41,15 @@ class Classifier:
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bicubic")
         return self.net(x)
+
+    def check_input(self, resolution: int) -> None:
+        """`UserError` unless the network takes images that come at `resolution` pixels."""
+        try:
+            self.predict(torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise UserError(
+                f"--size {self.size}: the network takes no such images ({short(error, 100)})"
+            ) from None
 
     @torch.no_grad()
     def predict(self, x_u8: Tensor) -> Tensor:
@@ -51,6 +64,9 @@ class Classifier:
 
 def new_classifier(network: str, size: int, num_classes: int, seed: int) -> Classifier:
     """An untrained timm network whose initial weights depend on `seed` alone."""
+    if not timm.is_model(network):
+        near = ", ".join(get_close_matches(network, timm.list_models(), 3))
+        raise UserError(f"--network {network!r}: timm has no such network; {near or 'see timm'}")
     torch.manual_seed(seed)
     return Classifier(timm.create_model(network, num_classes=num_classes), size)
 
@@ -104,14 +120,17 @@ def save(classifier: Classifier, facts: dict, path: Path) -> None:
 
 def load(path: Path) -> tuple[Classifier, dict]:
     """What `save` wrote: the classifier and its facts. `UserError` for any other file."""
+    remedy = "train one with scripts/train_classifier.py"
     if not path.is_file():
-        raise UserError(f"no classifier at {path}: train one with scripts/train_classifier.py")
-    with safe_open(path, "pt") as file:
-        facts = json.loads((file.metadata() or {}).get("classifier", "null"))
+        raise UserError(f"no classifier at {path}: it is {what_is(path)}; {remedy}")
+    facts = read_classifier_facts(path)
     if facts is None:
-        raise UserError(f"{path} was not made by scripts/train_classifier.py")
-    state = load_file(path)
-    head = timm.get_pretrained_cfg(facts["network"]).classifier
-    net = timm.create_model(facts["network"], num_classes=len(state[f"{head}.bias"]))
-    net.load_state_dict(state)
-    return Classifier(net, facts["size"]), facts
+        raise UserError(f"{path} was not made by scripts/train_classifier.py: {remedy}")
+    state = read_state(path)
+    known = timm.get_pretrained_cfg(facts.network) if timm.is_model(facts.network) else None
+    bias = state.get(f"{known.classifier}.bias") if known else None
+    if bias is None:
+        raise UserError(f"{path} holds no classifier made by timm's {facts.network}: {remedy}")
+    net = timm.create_model(facts.network, num_classes=len(bias))
+    load_strictly(net, state, path, f"timm's {facts.network}")
+    return Classifier(net, facts.size), asdict(facts)

@@ -53,6 +53,8 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
+    from utils.pictures.grid import save_figure
+
     figure = Figure(figsize=(4.2 * len(METRICS), 3.6), layout="constrained")
     axes = figure.subplots(1, len(METRICS))
     for axis, (name, (title, scale)) in zip(axes, METRICS.items()):
@@ -69,4 +71,4 @@ def plot(results: Results, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(ARMS), frameon=False)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)

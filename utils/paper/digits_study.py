@@ -117,7 +117,10 @@ def run_script(words: list[str], log: Path | None = None, jobs: int = 1) -> None
     """Run one of our scripts in a process of its own, on its share of the cores."""
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs)), "OMP_WAIT_POLICY": "passive"}
+    threads = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)),
+        "OMP_WAIT_POLICY": "passive",
+    }
     paths = [str(ROOT / w) if w.startswith("configs/") else w for w in words[1:]]
     command, start = [sys.executable, str(ROOT / words[0]), *paths], time.monotonic()
     with open(log, "w") if log else nullcontext() as file:
@@ -160,7 +163,7 @@ class CheckpointEvaluator:
             z = vae.encode(u8_to_pm1(x_u8)).mean
             statistics.add(z)
             error += psnr(x_u8, pm1_to_u8(vae.decode(z))).sum().item()
-        found = statistics.result() | {"psnr": error / len(self.x_u8)}
+        found: dict = statistics.result() | {"psnr": error / len(self.x_u8)}
         return {name: found[name] for name in ("spatial_variance", "total_variation", "psnr")}
 
 

@@ -2,12 +2,13 @@
 whether its numbers may stand beside the published ones."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.errors import UserError
-from utils.config.load import CONFIG_FILE, flat, read_saved_config
-from utils.config.schema import WITHOUT_EFFECT, Config
+from utils.config.load import CONFIG_FILE, read_saved_config
+from utils.config.resuming import changed_settings, is_same_experiment
+from utils.config.schema import Config
 from utils.evaluation.image_sets import sampling_settings
 from utils.evaluation.metrics import PAPER_SIZE
 from utils.files import read_record
@@ -43,7 +44,7 @@ def find_measured(folder: Path) -> list[Measured]:
 
 def measured_of(row: TableRow, found: list[Measured]) -> list[Measured]:
     """The records that belong to `row`, compared with it."""
-    if row.only:
+    if row.config is None:
         return []
     own = (Path(row.config).name, row.step, row.cfg_scale != 1)  # a run has its config's name
     return [compared(row, m.path, m.record) for m in found if origin(m.record) == own]
@@ -114,9 +115,6 @@ def training_differences(config: Config, checkpoint: Path) -> Iterator[str]:
     except UserError:
         yield "training settings unknown"
         return
-    trained = flat(asdict(saved))
-    for name, value in flat(asdict(config)).items():
-        section, key = name.split(".", 1)
-        without_effect = WITHOUT_EFFECT.get(section, ())
-        if trained[name] != value and without_effect is not None and key not in without_effect:
-            yield f"trained with {name}={trained[name]}, not {value}"
+    for name, (value, trained) in changed_settings(config, saved).items():
+        if not is_same_experiment(name):
+            yield f"trained with {name}={trained}, not {value}"

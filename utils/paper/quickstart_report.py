@@ -1,18 +1,21 @@
 """The end of the quickstart: score the generated digits, draw grid and curves, sum up."""
 
-import json
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from models.errors import UserError
+from models.weights import short
 from utils.data.images import save_grid
-from utils.files import write_json
+from utils.files import read_json, write_atomically, write_json
 from utils.paper import classifier
+from utils.pictures.grid import save_figure
 from utils.training.tracking import read_metrics
 
 COLUMNS = 10  # of the grid: ten digits of each class
@@ -26,7 +29,20 @@ CURVES = {  # title => patterns of names in metrics.jsonl
 
 def report(run: Path) -> dict:
     """Write digits.png, curves.png, reconstructions.png and summary.json into the folder of a
-    finished run; returns the summary."""
+    finished run; returns the summary. `UserError` if the folder does not hold all of it."""
+    try:
+        return _report(run)
+    except UserError:
+        raise
+    # whatever is missing in the folder, or damaged
+    except (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile) as error:
+        raise UserError(
+            f"{run} is not the folder of a finished quickstart ({short(error)}): run "
+            "scripts/quickstart.sh"
+        ) from None
+
+
+def _report(run: Path) -> dict:
     x_u8 = torch.from_numpy(np.load(run / "samples.npz")["arr_0"]).permute(0, 3, 1, 2)
     y = torch.from_numpy(np.load(run / "samples.labels.npy"))
     judge, facts = classifier.load(run / "judge.safetensors")
@@ -36,14 +52,14 @@ def report(run: Path) -> dict:
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "images_per_second" in row]
     plot_curves(rows, run / "curves.png")
     newest = sorted((run / "samples").glob("*-reconstructions.png"))[-1]
-    (run / "reconstructions.png").write_bytes(newest.read_bytes())
+    write_atomically(run / "reconstructions.png", newest.read_bytes())
     summary = {
         "label_accuracy": judge.accuracy(x_u8, y),
         "classifier_accuracy": facts["accuracy"],
         "seconds": time.time() - int((run / "started").read_text()),
         "images_per_second": float(np.median([r["images_per_second"] for r in rows])),
         "steps": rows[-1]["step"],
-        "evaluation": json.loads((run / "evaluation.json").read_text())["metrics"],
+        "evaluation": read_json(run / "evaluation.json", "evaluate again")["metrics"],
     }
     write_json(run / "summary.json", summary)
     return summary
@@ -59,7 +75,7 @@ def plot_curves(rows: Sequence[dict], path: Path) -> None:
         axis.set(title=title, xlabel="step")
         if axis.lines:
             axis.legend()
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def matching_names(rows: Sequence[dict], patterns: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -35,7 +35,7 @@ class TableRow:
     name: str  # TABLE/ROW
     metrics: list[float]  # as many as are printed, in the order of `COLUMNS`
     config: str | None = None  # file under configs/, without .yaml
-    step: int | None = None  # of the checkpoint that is measured
+    step: int = 0  # of the checkpoint that is measured
     balanced: bool = False  # whether every class has equally many samples
     cfg_scale: float = 1.0
     guidance_high: float = 1.0
@@ -57,8 +57,8 @@ class TableRow:
     def gpu_hours(self) -> float:
         """The least GPU-hours that the training takes, from the header of the config."""
         header = (ROOT / self.path).read_text().split("\nbase:")[0]
-        hours = re.search(r"about ([\d,]+) GPU-hours", header)[1].replace(",", "")
-        return float(hours) * self.step / self.load().run.steps
+        (hours,) = re.findall(r"about ([\d,]+) GPU-hours", header)
+        return float(hours.replace(",", "")) * self.step / self.load().run.steps
 
 
 @cache
@@ -152,6 +152,6 @@ def command_lines(row: TableRow, table: Table, processes: int = 8) -> list[str]:
     return lines + [shlex.join(command) for command in words]
 
 
-def numbers(values: list[float | None]) -> str:
+def numbers(values: Sequence[float | None]) -> str:
     """The five numbers of a row in one cell."""
     return " / ".join("-" if v is None else f"{v:.4g}" for v in values)

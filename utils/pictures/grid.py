@@ -1,11 +1,18 @@
 """Rows of equally large images, each row with a title, drawn by matplotlib as one picture."""
 
+from __future__ import annotations
+
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import Tensor
+
+from utils.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SMALLEST_CELL = 96  # pixels: smaller images are enlarged
 TITLE_WIDTH = 16  # characters in a line of a title
@@ -33,9 +40,15 @@ def save_grid_of_rows(path: Path, rows: list[Row], headings: list[str] | None = 
     axes.set_xticks([cell * (j + 0.5) for j in range(len(headings or ()))], headings or ())
     axes.tick_params(length=0, labelsize=9, top=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
+    save_figure(figure, path, bbox_inches="tight", pad_inches=0.1)
     print(f"written to {path}")
+
+
+def save_figure(figure: Figure, path: Path, **options) -> None:
+    """Write a figure of matplotlib in the format that the ending names; a kill leaves no half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ending = path.suffix.removeprefix(".") or "png"
+    write_atomically(path, lambda file: figure.savefig(file, format=ending, **options))
 
 
 def join_panels(rows: list[Row]) -> np.ndarray:

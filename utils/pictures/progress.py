@@ -1,14 +1,21 @@
 """The same samples from several checkpoints: the picture of `visualize_latents.py progress`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from models.errors import UserError
-from utils.checkpoint import STATE, Checkpoints
+from models.sit import read_sit_config
+from utils.checkpoint import SIT_EMA, STATE, Checkpoints
 from utils.distributed import default_device
 from utils.files import read_record
 from utils.pictures.grid import Row, name_of
 from utils.sampling.images import draw_images, draw_labels
-from utils.sampling.load import check_balance, load_networks, open_checkpoint
+from utils.sampling.load import (
+    check_balance,
+    load_networks,
+    open_checkpoint,
+    require_checkpoint,
+)
 from utils.sampling.settings import SamplingSettings
 
 
@@ -26,7 +33,7 @@ def progress_rows(
         found += whole
     if not found:
         raise UserError("name checkpoints like exps/NAME/checkpoints/0400000, or --run exps/NAME")
-    checkpoints = [open_checkpoint(folder, settings) for folder in found]
+    checkpoints = [open_checkpoint(folder, guided(folder, settings)) for folder in found]
     num_classes = {c.num_classes for c in checkpoints}
     if len(num_classes) > 1:
         words = ", ".join(map(str, sorted(num_classes)))
@@ -41,6 +48,15 @@ def progress_rows(
         print(f"sampled {c.folder}")
     y = draw_labels(settings, range(num), *num_classes)
     return rows, [f"class {label}" for label in y.tolist()]
+
+
+def guided(folder: Path, settings: SamplingSettings) -> SamplingSettings:
+    """The settings, without guidance if the SiT of a checkpoint has no null label."""
+    require_checkpoint(folder)
+    if settings.cfg_scale == 1 or read_sit_config(folder / SIT_EMA)["class_dropout_prob"]:
+        return settings
+    print(f"{folder}: its SiT has no null label, so its samples are drawn without guidance")
+    return replace(settings, cfg_scale=1.0)
 
 
 def titles(checkpoint: Path, several: bool) -> tuple[str, list[str]]:

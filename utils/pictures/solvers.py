@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from models.errors import UserError
 from models.sit import load_sit
 from utils.checkpoint import SIT_EMA
 from utils.distributed import default_device
+from utils.pictures.grid import save_figure
 from utils.random import generator
 from utils.samplers import SOLVERS, network_calls, ode_times, sample
 
@@ -53,7 +55,8 @@ def checkpoint_curves(
     if not (checkpoint / SIT_EMA).is_dir():
         raise UserError(f"--checkpoint {checkpoint} has no {SIT_EMA}/: name a checkpoint folder")
     device = default_device()
-    sit = load_sit(checkpoint / SIT_EMA).to(device)
+    sit: Any = load_sit(checkpoint / SIT_EMA)
+    sit.to(device)
     side, g = sit.config.input_size, generator("plot")
     noise = torch.randn(num, sit.config.in_channels, side, side, generator=g).to(device)
     y = torch.arange(num, device=device) % sit.config.num_classes
@@ -89,6 +92,5 @@ def save_curves(path: Path, panels: dict[str, Curves]) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
     print(f"written to {path}")

@@ -1,22 +1,25 @@
 """Write the VAE of a checkpoint as a diffusers folder (scripts/export_vae.py)."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from models.errors import UserError
+from models.errors import UserError, what_is
 from models.vae import load_vae
 from models.weights import short
-from utils.checkpoint import DISCRIMINATOR, STATE, find_fault
+from utils.checkpoint import DISCRIMINATOR
 from utils.data.base import Source
 from utils.data.latent_stats import measure_latents
 from utils.distributed import default_device
-from utils.files import read_json, sync, sync_tree
+from utils.files import sync, sync_tree
 from utils.published.files import require_new_folder
 from utils.published.model_card import make_card, read_evaluation, read_run_settings
+from utils.sealed import STATE, find_fault, read_state_json
 
 
 def export_vae(
@@ -62,7 +65,7 @@ def export_vae(
     card = make_card(title, vae, stats, state, read_run_settings(checkpoint, state), record)
     with new_folder(out.resolve()) as draft:
         vae.save(draft, mean, std)
-        if (checkpoint / DISCRIMINATOR).is_file():
+        if os.path.isfile(checkpoint / DISCRIMINATOR):
             shutil.copyfile(checkpoint / DISCRIMINATOR, draft / DISCRIMINATOR)
         (draft / "README.md").write_text(card, encoding="utf-8")
     return origin
@@ -70,13 +73,15 @@ def export_vae(
 
 def read_checkpoint_state(folder: Path) -> dict:
     """The state.json of a checkpoint; {} for a mere diffusers folder."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name one like exps/NAME/checkpoints/0400000")
-    if not (folder / STATE).exists():
+    if not os.path.isdir(folder):
+        kind = what_is(folder)
+        why = "no such folder" if kind == "absent" else f"this is {kind}, expected a folder"
+        raise UserError(f"{folder}: {why}; name one like exps/NAME/checkpoints/0400000")
+    if not os.path.lexists(folder / STATE):
         return {}
     if fault := find_fault(folder):
         raise UserError(f"{folder} is not a whole checkpoint: {fault}; choose another")
-    return read_json(folder / STATE, "choose another checkpoint")
+    return {k: v for k, v in asdict(read_state_json(folder)).items() if v is not None}
 
 
 @contextmanager

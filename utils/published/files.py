@@ -6,21 +6,25 @@ checkpoints of REPA-E, REPA and SiT keep their settings.
 """
 
 import argparse
+import os
 import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.errors import UserError
+from models.errors import SAFETENSORS, Range, UserError, what_is
+from models.weights import is_plain
 
 State = dict[str, Tensor]
 
 # what DistributedDataParallel and torch.compile put before the names of parameters
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+LONGEST = 4096  # characters of a setting
 NETWORKS = ("model", "ema", "vae", "discriminator")
 
 
@@ -48,9 +52,10 @@ def read_published(path: Path) -> PublishedFile:
     bare = content.get("state_dict", content)
     if is_state(bare):
         state = state_dict(bare, path)
-        kind = "vae" if "encoder.conv_in.weight" in state else "model"
-        return PublishedFile(path, **{kind: state})
-    found = [name for name in NETWORKS if content.get(name)]
+        if "encoder.conv_in.weight" in state:
+            return PublishedFile(path, vae=state)
+        return PublishedFile(path, model=state)
+    found = [name for name in NETWORKS if content.get(name) is not None and content[name] != {}]
     if not {"model", "ema"} & set(found):
         raise UserError(
             f"{path} holds {first_keys(content)}: expected a training checkpoint (model, ema, "
@@ -77,7 +82,7 @@ def read_latent_stats(path: Path) -> tuple[Tensor, Tensor]:
     content = load_plain(path)
     inverse = {"latents_scale", "latents_bias"} <= set(content)
     mean, std = map(content.get, ("latents_bias", "latents_scale") if inverse else ("mean", "std"))
-    if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
+    if not (is_real(mean) and is_real(std)):
         raise UserError(
             f"{path} holds {first_keys(content)}: expected statistics of latents (latents_scale "
             "and latents_bias, both tensors)"
@@ -89,17 +94,23 @@ def read_latent_stats(path: Path) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
+def is_real(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and is_plain(value) and not value.is_complex()
+
+
 def first_keys(content: dict) -> str:
-    return ", ".join(map(str, list(content)[:8])) or "nothing"
+    return ", ".join(str(key)[:60] for key in list(content)[:8]) or "nothing"
 
 
 def load_plain(path: Path) -> dict:
     """A .pt or .safetensors as a dict of tensors and plain values, on the CPU; `UserError` for a
     damaged file, and for a pickle that asks for anything else."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a downloaded checkpoint")
+    kind = what_is(path)
+    if not os.path.isfile(path):
+        why = "no such file" if kind == "absent" else f"this is {kind}, not a file"
+        raise UserError(f"{path}: {why}; give a downloaded checkpoint")
     try:
-        if path.suffix == ".safetensors":
+        if kind == SAFETENSORS:
             return load_file(path)
         # mapped: the optimizers' moments, most of a checkpoint, are then never read
         mapped = zipfile.is_zipfile(path)
@@ -117,12 +128,14 @@ def explain_refusal(error: Exception, path: Path) -> str:
     names = re.findall(r"GLOBAL ([\w.]+)", str(error))  # so torch names what a pickle asks for
     if names:
         return f"it asks for {names[0]}, which is neither a tensor nor a plain value"
-    with path.open("rb") as file:
-        kind = f"{type(error).__name__}; it begins with {file.read(16)!r}"
+    kind = what_is(path)
+    if not kind.startswith("unreadable"):
+        with path.open("rb") as file:
+            kind += f", {type(error).__name__}; it begins with {file.read(16)!r}"
     return f"it is damaged, cut short or no file of tensors ({kind}); download it again"
 
 
-def is_state(value: object) -> bool:
+def is_state(value: object) -> TypeGuard[dict]:
     held = value.values() if isinstance(value, dict) else ()
     return len(held) > 0 and all(isinstance(v, Tensor) for v in held)
 
@@ -132,26 +145,34 @@ def state_dict(state: object, origin: Path | str) -> State:
     if not is_state(state):
         raise UserError(f"{origin} is not a state dict: expected a dict of tensors")
     for key, value in state.items():
-        if not is_stored_in_full(value):
+        if not is_plain(value):
             raise UserError(f"{origin}: tensor {key} is sparse, quantized or not stored in full")
     return {WRAPPERS.sub("", str(key)): value for key, value in state.items()}
-
-
-def is_stored_in_full(value: Tensor) -> bool:
-    """Whether the file has a number for each element. A few bytes can describe a tensor of any
-    size, which would fill the memory once copied."""
-    dense = value.layout == torch.strided and not value.is_quantized and not value.is_meta
-    return dense and value.untyped_storage().nbytes() >= value.nbytes
 
 
 def plain_settings(args: object) -> dict:
     """The settings of a training run, as far as JSON can hold them."""
     settings = vars(args) if isinstance(args, argparse.Namespace) else args
     settings = settings if isinstance(settings, dict) else {}
-    return {str(k): v for k, v in settings.items() if isinstance(v, str | int | float | None)}
+    return {str(k): v for k, v in settings.items() if is_plain_value(v)}
+
+
+def is_plain_value(value: object) -> bool:
+    """Whether JSON can hold a setting, and a line of text show it."""
+    if isinstance(value, int | float):
+        return value in Range()
+    return value is None or (isinstance(value, str) and len(value) < LONGEST)
 
 
 def require_new_folder(out: Path) -> None:
-    """`UserError` unless `out` does not exist yet, or is an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """`UserError` unless `out` can be made: it is not there yet, or is an empty folder, and its
+    place can be written."""
+    if os.path.isdir(out):
+        if os.access(out, os.R_OK) and not any(out.iterdir()):
+            return
         raise UserError(f"{out} exists and is not empty: choose another, or delete it")
+    if (kind := what_is(out)) != "absent":
+        raise UserError(f"{out} is {kind}: choose another place for the folder to be written")
+    place = next(p for p in out.absolute().parents if os.path.lexists(p))
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{out} cannot be made: {place} is {what_is(place)} that cannot be written")

@@ -80,7 +80,7 @@ def find_vae(published: PublishedFile, spec: str | None) -> FoundVae:
         return FoundVae(vae, published.path.name, None if published.sit else published.path)
     spec = spec or find_named_vae(published)
     path = Path(spec)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return FoundVae(load_vae(spec), spec, None)
     state = files.read_published(path).vae
     if state is None:
@@ -146,6 +146,7 @@ def build_sits(
 ) -> tuple[SiT, SiT]:
     """The raw and the EMA network; the same one twice if the file has one set of weights. `reverse`
     converts from t = 1 as data. Raises `UserError` if the VAE has other latents."""
+    assert published.sit is not None
     config = networks.sit_config(published.sit, published.args, heads, published.path)
     config["latent_norm"] = "batch" if published.vae else "fixed"
     if config["in_channels"] != found.vae.latent_channels:

@@ -1,18 +1,19 @@
 """The README.md of an exported VAE, with the front matter that the Hugging Face hub reads."""
 
-import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 from string import Template
+from typing import Any
 
-from models.errors import UserError
+from models.errors import UserError, read_json
 from models.vae import VAE
 from models.vae_families import VAES
 from utils.config.load import CONFIG_FILE, read_saved_config
 from utils.evaluation.report import scalars
 from utils.provenance import versions
+from utils.records import number, parse_record
 
 # Settings of the run that a card shows, and their names in it. No paths: a card is for the public.
 SHOWN_SETTINGS = {
@@ -85,7 +86,7 @@ def make_card(
     state: a checkpoint's state.json or {}; then what `read_run_settings`, `read_evaluation` gave.
     """
     mean, std, origin = stats
-    row = VAES.get(settings.get("vae.name"))
+    row = VAES.get(settings.get("vae.name", ""))
     both = " and ".join(f"{value:g}" for value in vae.family.saved_with_stats.values())
     step = f", step {state['step']}" if "step" in state else ""
     imported = " (imported from published weights)" if state.get("imported") else ""
@@ -123,7 +124,7 @@ def training_table(state: dict, settings: dict) -> str:
     rows = {"step": state["step"]} if "step" in state else {}
     rows |= {SHOWN_SETTINGS[name]: value for name, value in settings.items() if value is not None}
     if source := state.get("source"):
-        rows |= {"published file": source["file"], "its sha256": source["sha256"]}
+        rows |= {"published file": source.get("file"), "its sha256": source.get("sha256")}
     when = "import" if state.get("imported") else "run"
     rows |= {f"{k} of the {when}": v for k, v in state.get("versions", {}).items() if v}
     if not rows:
@@ -144,15 +145,46 @@ def format_setting(value) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+@dataclass
+class _Images:
+    name: str
+
+
+@dataclass
+class _Features:
+    label: str
+
+
+@dataclass
+class _Vae:
+    spec: str
+
+
+@dataclass
+class _Evaluation:
+    """What is read here of a record of `evaluate_fid.py --vae`."""
+
+    samples: _Images
+    vae: _Vae
+    metrics: dict[str, float | list[float]]
+    details: dict[str, dict[str, Any]]
+    # images
+    n: int = number(at_least=1)
+    features: _Features | None = None
+    not_comparable_because: list[str] = field(default_factory=list)
+
+
 def read_evaluation(path: Path) -> dict:
     """A record that `evaluate_fid.py --vae` has written; `UserError` if the file holds none."""
+    remedy = "expected the --out of `evaluate_fid.py --vae`"
+    content = read_json(path, f"--evaluation {path}: {remedy}")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        usable = "vae" in record and bool(scalars(record))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        usable = False
-    if not usable:
-        raise UserError(f"--evaluation {path}: expected the --out of `evaluate_fid.py --vae`")
+        record = asdict(parse_record(content, _Evaluation))
+        parse_record(scalars(record), dict[str, float])  # also the ratios to the floors
+    except UserError as error:
+        raise UserError(f"--evaluation {path}: {error}; {remedy}") from None
+    if not record["metrics"]:
+        raise UserError(f"--evaluation {path} holds no metrics: {remedy}")
     return record
 
 

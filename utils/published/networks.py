@@ -11,7 +11,7 @@ import re
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.discriminator import PatchGAN
 from models.errors import UserError
@@ -20,7 +20,7 @@ from models.sizes import SIZES
 from models.vae import VAE, build_vae, vae_from_config
 from models.vae_families import VAES
 from models.vae_keys import infer_config, to_diffusers
-from models.weights import load_strictly
+from models.weights import load_strictly, require_match, short
 from utils.published.files import State
 
 NUM_HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
@@ -36,15 +36,21 @@ def vae_from_state(state: State, origin) -> VAE:
     # the table goes first: it also has the number of norm groups, which shapes do not show
     names = {row.architecture: name for name, row in VAES.items()}.values()
     known = next((name for name in names if tensor_shapes_of(name) == shapes), None)
-    config = None if known else infer_config(state, origin)
+    config = {} if known else infer_config(state, origin)
     with torch.device("meta"):
         try:
             vae = build_vae(known) if known else vae_from_config(config, origin)
-        except ValueError as error:  # e.g. channels that do not divide into norm groups
+        # e.g. channels that do not divide into norm groups, or none
+        except (ArithmeticError, RuntimeError, ValueError) as error:
             raise UserError(f"{origin} has shapes of no AutoencoderKL ({error})") from None
-    vae = vae.to_empty(device="cpu")
-    load_strictly(vae.net, state, origin, "the VAE that its shapes describe")
+    _fill(vae.net, state, origin, "the VAE that its shapes describe")
     return vae.eval()
+
+
+def _fill(net: nn.Module, state: State, origin, what: str) -> None:
+    """Give a network on the meta device memory, once all fits, and the weights `state`."""
+    require_match(net.state_dict(), state, origin, what)
+    load_strictly(net.to_empty(device="cpu"), state, origin, what)
 
 
 @cache
@@ -62,10 +68,9 @@ def discriminator_from_state(state: State, origin) -> PatchGAN:
     with torch.device("meta"):
         try:
             disc = PatchGAN(layers, channels, norm, in_channels=in_channels)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise UserError(f"{origin} has shapes of no PatchGAN ({error})") from None
-    disc = disc.to_empty(device="cpu")
-    load_strictly(disc, state, origin, "the discriminator that its shapes describe")
+    _fill(disc, state, origin, "the discriminator that its shapes describe")
     return disc
 
 
@@ -76,14 +81,17 @@ def sit_from_state(
 
     config: from `sit_config`. latent_stats: (mean, std), each (C,), if `state` has no latent norm.
     """
-    with torch.device("meta"):
-        sit = SiT(**config)
-    sit = sit.to_empty(device="cpu")
+    try:
+        with torch.device("meta"):
+            sit = SiT(**config)
+    # sizes that do not go together, e.g. a width that four does not divide
+    except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"{origin} has shapes of no SiT ({short(error)})") from None
     if latent_stats is not None:
         mean, std = latent_stats
         state = state | {"bn.running_mean": mean, "bn.running_var": std.square()}
         state["bn.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
-    load_strictly(sit, state, origin, "the SiT that its shapes describe")
+    _fill(sit, state, origin, "the SiT that its shapes describe")
     return sit.eval()
 
 
@@ -100,6 +108,7 @@ def sit_config(state: State, args: dict, num_heads: int | None, origin) -> dict:
     if rows - classes not in (0, 1):
         raise UserError(f"{origin}: {rows} label rows do not fit args.num_classes={classes}")
     depth = len(indices(state, "blocks"))
+    dropout = setting(args, "cfg_prob", 0.1)
     num_heads = num_heads or setting(args, "num_heads", 0)
     return {
         "input_size": math.isqrt(tokens) * patch,
@@ -109,7 +118,7 @@ def sit_config(state: State, args: dict, num_heads: int | None, origin) -> dict:
         "depth": depth,
         "num_heads": find_num_heads(state, width, num_heads, origin),
         "num_classes": classes,
-        "class_dropout_prob": setting(args, "cfg_prob", 0.1) if rows > classes else 0.0,
+        "class_dropout_prob": (dropout if dropout < 1 else 0.1) if rows > classes else 0.0,
         "align_depth": min(setting(args, "encoder_depth", 8), depth),
         "qk_norm": Q_NORM in state,
         "mlp_ratio": hidden / width,
@@ -118,7 +127,7 @@ def sit_config(state: State, args: dict, num_heads: int | None, origin) -> dict:
 
 def indices(state: State, name: str) -> set[str]:
     """The numbers n of all keys that begin with `name.n.`."""
-    return {m[1] for key in state if (m := re.match(rf"{name}\.(\d+)\.", key))}
+    return {m[1] for key in state if (m := re.match(rf"{name}\.(\d{{1,4}})\.", key))}
 
 
 def setting(args: dict, name: str, default):

@@ -1,5 +1,6 @@
 """A checkpoint that is sampled from: sit_ema/ and vae/, and nothing else of it."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,16 @@ from typing import Any
 import torch
 
 from loss.interpolant import PATHS
-from models.errors import UserError
-from models.sit import SiT, load_sit
+from models.errors import UserError, what_is
+from models.sit import SiT, load_sit, read_sit_config
 from models.vae import VAE, build_vae, load_vae
-from utils.checkpoint import SIT_EMA, STATE, VAE_FOLDER
-from utils.files import files_below, read_record, sha256_file
+from models.weights import CONFIG
+from utils.checkpoint import SIT_EMA, VAE_FOLDER, Checkpoints
+from utils.files import files_below, sha256_file
 from utils.precision import DTYPES, allow_tf32
 from utils.sampling.images import NOISE_VERSION
 from utils.sampling.settings import SamplingSettings
+from utils.sealed import STATE, CheckpointState, read_state_json
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,17 @@ class SampledCheckpoint:
 def open_checkpoint(folder: Path, settings: SamplingSettings) -> SampledCheckpoint:
     """Read the configs and hash the weights of a checkpoint. Raises `UserError` if it is not whole,
     or cannot do what `settings` ask for."""
-    sit, vae = (read_record(folder / name / "config.json") for name in (SIT_EMA, VAE_FOLDER))
-    if sit is None or vae is None:
-        raise UserError(
-            f"--checkpoint {folder} has no {VAE_FOLDER if sit else SIT_EMA}/ with a config.json: "
-            f"name a folder with {SIT_EMA}/ and {VAE_FOLDER}/, like exps/NAME/checkpoints/0400000"
-        )
-    state = read_record(folder / STATE) or {}
+    require_checkpoint(folder)
+    state = read_state_json(folder) if os.path.lexists(folder / STATE) else CheckpointState()
     files = [p for name in (SIT_EMA, VAE_FOLDER) for p in files_below(folder / name)]
-    weights = {str(p.relative_to(folder)): sha256_file(p) for p in files}
+    try:
+        weights = {str(p.relative_to(folder)): sha256_file(p) for p in files}
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): repair it") from None
     for name, digest in weights.items():
-        if state.get("files", {}).get(name, digest) != digest:
+        if state.files.get(name, digest) != digest:
             raise UserError(f"{folder / name} is not as it was saved: copy the checkpoint again")
+    sit = read_sit_config(folder / SIT_EMA)
     if settings.cfg_scale != 1 and not sit["class_dropout_prob"]:
         text = f"--cfg-scale {settings.cfg_scale}: this SiT was trained without a null label"
         raise UserError(f"{text}; leave it 1")
@@ -59,9 +61,30 @@ def open_checkpoint(folder: Path, settings: SamplingSettings) -> SampledCheckpoi
             f"--checkpoint {folder}: {SIT_EMA}/ makes latents of {sit['in_channels']} channels, "
             f"{VAE_FOLDER}/ decodes {vae.latent_channels}; put the VAE there that it was made for"
         )
-    settings = replace(settings, path=settings.path or state.get("path") or PATHS[0])
+    settings = replace(settings, path=settings.path or state.path or PATHS[0])
     resolution = sit["input_size"] * vae.downsample_factor
     return SampledCheckpoint(folder, settings, resolution, sit["num_classes"], weights)
+
+
+def require_checkpoint(folder: Path) -> None:
+    """`UserError` unless `folder` can be a checkpoint that is sampled from; for the folder of a run
+    it names the newest one in it."""
+    example = f"name a folder with {SIT_EMA}/ and {VAE_FOLDER}/, like exps/NAME/checkpoints/0400000"
+    if (found := what_is(folder)) != "a folder":
+        found = "no such folder" if found == "absent" else f"it is {found}"
+        raise UserError(f"--checkpoint {folder}: {found}; {example}")
+    missing = [n for n in (SIT_EMA, VAE_FOLDER) if not (folder / n / CONFIG).is_file()]
+    if not missing:
+        return
+    config = folder / missing[0] / CONFIG
+    if (found := what_is(config)) != "absent":
+        raise UserError(f"{config} is {found}, expected a JSON file: copy the checkpoint again")
+    run = folder.parent if folder.name == "checkpoints" else folder
+    if folder.name in (SIT_EMA, VAE_FOLDER) and (folder / CONFIG).is_file():
+        example = f"name the folder around it, {folder.parent}"
+    elif newest := Checkpoints(run).latest(report=lambda _: None, read_all=False):
+        example = f"that is a run; its newest checkpoint is {newest}"
+    raise UserError(f"--checkpoint {folder} has no {missing[0]}/ with a {CONFIG}: {example}")
 
 
 def check_balance(settings: SamplingSettings, num_samples: int, num_classes: int) -> None:
@@ -77,7 +100,7 @@ def load_networks(
     """EMA SiT in the sampling precision, without its projectors, and the VAE in float32, both
     frozen. Sets TF32 for the process, as `settings` say."""
     allow_tf32(settings.tf32)
-    sit = load_sit(checkpoint / SIT_EMA)
+    sit: Any = load_sit(checkpoint / SIT_EMA)
     sit.projectors = torch.nn.ModuleList()
     if settings.precision != "fp32":
         for module in sit.modules():  # the big weights once, not at every call; norms stay float32

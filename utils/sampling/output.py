@@ -14,6 +14,7 @@ sums of floating-point numbers are rounded in another order (in bfloat16 more of
 
 import hashlib
 import json
+import math
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,9 +23,17 @@ import numpy as np
 import torch
 
 from models.errors import UserError
+from utils.cli import check_output
 from utils.data.images import save_grid
 from utils.data.sharded import PLAN, ShardedFolder, plan_differences
-from utils.files import read_record, write_atomically, write_json
+from utils.files import (
+    files_below,
+    format_bytes,
+    free_disk,
+    read_record,
+    write_atomically,
+    write_json,
+)
 from utils.provenance import versions
 from utils.sampling.images import draw_labels
 from utils.sampling.load import SampledCheckpoint
@@ -55,7 +64,7 @@ class SampleFiles:
         which."""
         if not self.out.exists():
             return False
-        record = read_record(self.record_file)
+        record = read_record(self.record_file) if self.record_file.is_file() else None
         if record is None and read_record(self.blocks.folder / PLAN) == self.blocks.plan:
             return False  # killed between the .npz and its record
         if record is not None and record.get(KEY) == hash_settings(self.settings):
@@ -67,14 +76,30 @@ class SampleFiles:
         text = f"--out {self.out} exists, of other settings ({found})"
         raise UserError(f"{text}: choose another, or delete it")
 
-    def begin(self) -> list[int]:
-        """Make the folder of blocks, or continue it: the blocks still to be made. `UserError` if
-        it belongs to other settings."""
+    def check(self) -> list[int]:
+        """The blocks still to be made. `UserError` if something else is where they and the samples
+        will be, or if there is no room. Writes nothing."""
+        beside = [self.out.with_suffix(end) for end in (".labels.npy", ".png", ".json")]
+        for path in (*beside, self.blocks.folder / PLAN):
+            check_output("--out", path)
+        num_bytes = self.num_samples * math.prod(self.shape)
+        place, free = free_disk(self.out)
+        # the blocks, and the .npz that is joined from them
+        if 2 * num_bytes > free + sum(p.stat().st_size for p in files_below(self.blocks.folder)):
+            raise UserError(f"--num-samples {self.num_samples} take 2 x {format_bytes(num_bytes)} "
+                            f"while they are made, {format_bytes(free)} are free in {place}: "
+                            "choose another --out, or fewer")  # fmt: skip
         try:
-            self.blocks.begin()
+            self.blocks.check_plan()
         except UserError as error:
             raise UserError(f"{error} (choose another --out, or delete that folder)") from None
         return self.blocks.unfinished()
+
+    def begin(self) -> list[int]:
+        """`check`, and make the folder of blocks if there is none."""
+        todo = self.check()
+        self.blocks.begin()
+        return todo
 
     def write(self, block: int, images: torch.Tensor) -> None:
         """All images of a block, (n, 3, H, W) uint8; a kill leaves the whole block or none."""
@@ -84,11 +109,19 @@ class SampleFiles:
     def finish(self, facts: dict[str, Any]) -> None:
         """Join the blocks into the .npz and write what goes beside it, the record last; then drop
         the blocks. `facts` go into the record."""
+        try:
+            self._finish(facts)
+        except OSError as error:
+            raise UserError(f"--out {self.out} cannot be written ({error.strerror}): its images "
+                            f"are kept in {self.blocks.folder}; mend that, and run the command "
+                            "again") from None  # fmt: skip
+
+    def _finish(self, facts: dict[str, Any]) -> None:
         self.record_file.unlink(missing_ok=True)  # of an .npz that was deleted
         write_atomically(self.out, self._write_npz)
         settings = self.checkpoint.settings
         y = draw_labels(settings, range(self.num_samples), self.checkpoint.num_classes)
-        np.save(self.out.with_suffix(".labels.npy"), y.numpy())
+        write_atomically(self.out.with_suffix(".labels.npy"), lambda file: np.save(file, y.numpy()))
         blocks = range(min(self.blocks.num_shards, -(-PREVIEW_IMAGES // BLOCK)))
         first = np.concatenate([self.blocks.read(k, "images") for k in blocks])[:PREVIEW_IMAGES]
         scale = max(1, 64 // self.checkpoint.resolution)
@@ -121,4 +154,4 @@ def hash_settings(settings: dict) -> str:
 
 def _with_short_hash(settings: dict) -> dict:
     """The settings with one hash of all weights in place of one for each file."""
-    return settings | {"weights": hash_settings(settings.get("weights"))}
+    return settings | {"weights": hash_settings(settings.get("weights") or {})}

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from loss.interpolant import PATHS
 from models.errors import UserError
-from utils.config.ranges import Range
+from utils import cli
+from utils.records import Range
 from utils.samplers import GUIDANCE_INTERVAL, SOLVERS, least_steps
 
 # Images in a finished block on disk, and so the largest batch. A block is what a kill can cost each
@@ -21,7 +22,10 @@ from utils.samplers import GUIDANCE_INTERVAL, SOLVERS, least_steps
 # 100 images or fewer are made by one rank: more would have to take smaller batches.
 BLOCK = 100
 LOW, HIGH = GUIDANCE_INTERVAL
-SPEED = {"at_least": 1, "pixels": False}  # of settings that decide speed and memory alone
+SHIFT: dict[str, Any] = {"above": 1e-3, "at_most": 1000}
+SCALE: dict[str, Any] = {"at_least": 0, "at_most": 1000}
+# of settings that decide speed and memory alone
+SPEED: dict[str, Any] = {"at_least": 1, "pixels": False}
 
 
 def setting(
@@ -39,13 +43,13 @@ class SamplingSettings:
     flag, e.g. --cfg-scale. Default solver and steps are those of the published tables."""
 
     solver: str = setting("sde", "see utils/samplers.py", choices=SOLVERS)
-    steps: int = setting(250, "steps of the solver", at_least=1)
-    cfg_scale: float = setting(1.0, "classifier-free guidance; 1 = none", at_least=0)
+    steps: int = setting(250, "steps of the solver", at_least=1, at_most=10**6)
+    cfg_scale: float = setting(1.0, "classifier-free guidance; 1 = none", **SCALE)
     guidance_low: float = setting(LOW, "guide from this t (0 = data) ...", at_least=0, at_most=1)
     guidance_high: float = setting(HIGH, "... to this t (1 = noise)", at_least=0, at_most=1)
-    timestep_shift: float = setting(1.0, "above 1: more steps near the noise", above=0)
+    timestep_shift: float = setting(1.0, "above 1: more steps near the noise", **SHIFT)
     class_balanced: bool = setting(False, "labels 0, 1, 2, ... in turn, not at random")
-    seed: int = setting(0, "image i depends on (seed, i) alone")
+    seed: int = setting(0, "image i depends on (seed, i) alone", at_least=0)
     precision: str = setting("bf16", "of the SiT; the VAE is fp32", choices=("bf16", "fp32"))
     path: str | None = setting(None, "interpolant; default: that of the run", choices=PATHS)
     uint8: str = setting("round", "truncate = as published", choices=("round", "truncate"))
@@ -58,9 +62,9 @@ class SamplingSettings:
     def add_arguments(cls, parser: argparse.ArgumentParser, **defaults: Any) -> None:
         """One flag for each field, for `from_args`. `defaults` are a program's own."""
         for f in fields(cls):
-            how = {"action": "store_true"}
+            how: dict[str, Any] = {"action": "store_true"}
             if not isinstance(f.default, bool):
-                how = {"type": str if f.default is None else type(f.default)}
+                how = {"type": flag_type(f)}
                 how |= {"default": defaults.get(f.name, f.default)}
                 how |= {"choices": f.metadata["choices"] or None}
             parser.add_argument(flag_of(f.name), help=f.metadata["help"], **how)
@@ -75,9 +79,10 @@ class SamplingSettings:
     def check(self) -> None:
         """Raise `UserError` for values that no run could use."""
         for f in fields(self):
-            flag, value = flag_of(f.name), getattr(self, f.name)
+            flag = flag_of(f.name)
+            value: Any = getattr(self, f.name)
             choices, allowed = f.metadata["choices"], f.metadata["range"]
-            if choices and value not in (*choices, f.default):
+            if choices and value != f.default and value not in choices:
                 raise UserError(f"{flag} {value} must be one of {', '.join(choices)}")
             if allowed is not None and value not in allowed:
                 words = str(allowed) if math.isfinite(value) else "a finite number"
@@ -93,6 +98,13 @@ class SamplingSettings:
         """What identifies samples: every field but those that decide speed and memory alone."""
         values = asdict(self)
         return {f.name: values[f.name] for f in fields(self) if f.metadata["pixels"]}
+
+
+def flag_type(f: Field) -> Callable[[str], Any]:
+    """What turns the text behind a field's flag into its value."""
+    kind = str if f.default is None else type(f.default)
+    sides = f.metadata["range"] or Range()
+    return cli.number(kind, **sides._asdict()) if kind in (int, float) else kind
 
 
 def flag_of(name: str) -> str:

@@ -2,10 +2,10 @@
 
 networks.py           the record of all networks; how they are built, loaded, made ready to train
 trained_network.py    one network with its optimizer, gradient synchronisation and loss scale
-batch.py              the images of one step; micro-batches; from the loader to the device
+batch.py              the images of one step; micro-batches, averages over them; loader to device
 draws.py              the random numbers of one step
 ema.py                moving average of the SiT
-metric_averages.py    loss terms averaged over micro-batches
+nonfinite.py          what follows numbers that are not finite; steps left out; warnings
 tracking.py           metrics.jsonl, trackers, progress bar; a loss that is not finite ends the run
 periodic.py           what happens between steps: log line, checkpoint, preview, evaluation
 preview.py            pictures of samples and reconstructions

@@ -1,4 +1,4 @@
-"""The images of one training step, as the step sees them."""
+"""The images of one training step, as the step sees them, and averages over its micro-batches."""
 
 from __future__ import annotations
 
@@ -58,3 +58,31 @@ def to_device(
     x_u8, y, *cached = (row.to(device, non_blocking=True) for row in rows)
     x = u8_to_pm1(x_u8)
     return x if channels_last else x.contiguous(), y, cached
+
+
+class MetricAverages:
+    """`num` micro-batches: every `add` contributes a `num`-th to the mean of its values."""
+
+    def __init__(self, num: int):
+        self.num = num
+        self.losses: dict[str, Tensor] = {}
+        self.other: dict[str, Tensor] = {}
+
+    def add_losses(self, terms: dict[str, tuple[float, Tensor]]) -> Tensor:
+        """{name: (weight, value)} of one micro-batch => its share of the loss to differentiate."""
+        self._average(self.losses, {name: value for name, (_, value) in terms.items()})
+        first, *others = (weight * value for weight, value in terms.values())
+        return sum(others, start=first) / self.num
+
+    def add(self, **values: Tensor) -> None:
+        """Average values that are logged, but are no loss."""
+        self._average(self.other, values)
+
+    def _average(self, means: dict, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            means[name] = means.get(name, 0.0) + value.detach() / self.num
+
+    def metrics(self, phase: str) -> dict[str, Tensor]:
+        """{"loss/PHASE/NAME": unweighted mean, "PHASE/NAME": mean of what is no loss}."""
+        losses = {f"loss/{phase}/{name}": mean for name, mean in self.losses.items()}
+        return losses | {f"{phase}/{name}": mean for name, mean in self.other.items()}

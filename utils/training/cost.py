@@ -20,9 +20,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn as nn
+from accelerate import Accelerator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -113,7 +115,7 @@ def estimate(c: Config, nets: Networks, train_step: Callable) -> Estimate:
                 nets.lpips = build_lpips()
         for net in _all(nets):
             _materialise(net)
-        prepare_for_training(nets, c, OneProcess())
+        prepare_for_training(nets, c, cast(Accelerator, OneProcess()))
         nets.update_ema = EmaUpdate(nets.ema, nets.sit)
         resident = _make_resident(nets)
         curves = {n: live_curve(nets, c, train_step, n) for n in PROBES}
@@ -153,7 +155,7 @@ def resident_tensors(nets: Networks) -> list[torch.Tensor]:
     """Weights, buffers, gradients, moments: what is there between two steps."""
     tensors = [t for net in _all(nets) for t in (*net.parameters(), *net.buffers())]
     for trained in nets.trained.values():
-        tensors += [p.grad for p in trained.params]
+        tensors += [p.grad for p in trained.params if p.grad is not None]
         tensors += [t for state in trained.opt.state.values() for t in state.values()]
     return tensors
 
@@ -196,7 +198,7 @@ def _make_resident(nets: Networks) -> dict[str, int]:
         for p in trained.params:
             p.grad = torch.zeros_like(p)
         trained.opt.step()
-        trained.opt.zero_grad = lambda set_to_none: None
+        setattr(trained.opt, "zero_grad", lambda set_to_none: None)  # noqa: B010
     gradients = 4 * sum(p.numel() for trained in nets.trained.values() for p in trained.params)
     weights = sum(_bytes(net) for net in _all(nets))
     return {"weights and EMA": weights, "gradients": gradients, "Adam": 2 * gradients}

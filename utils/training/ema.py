@@ -1,12 +1,15 @@
 """Exponential moving average of a network's weights and of its floating-point buffers."""
 
 import copy
+from typing import TypeVar
 
 import torch
 import torch.nn as nn
 
+Network = TypeVar("Network", bound=nn.Module)
 
-def make_ema(net: nn.Module) -> nn.Module:
+
+def make_ema(net: Network) -> Network:
     """A frozen copy in eval mode. Call it when all ranks hold the same weights."""
     return copy.deepcopy(net).eval().requires_grad_(False)
 
@@ -30,7 +33,19 @@ class EmaUpdate:
         self.copies = [(targets[n], v) for n, v in sources.items() if not v.is_floating_point()]
 
     @torch.no_grad()
-    def __call__(self, decay: float) -> None:
-        torch._foreach_lerp_(self.averages, self.values, 1 - decay)
+    def __call__(self, decay: float, left_out: torch.Tensor | None = None) -> None:
+        """`left_out` (), bool: whether `ema` stays as it is, known to the device alone."""
+        if left_out is not None:
+            self._unless(left_out, 1 - decay)
+            return
+        lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
+        lerp(self.averages, self.values, 1 - decay)
         for target, value in self.copies:
             target.copy_(value)
+
+    def _unless(self, left_out: torch.Tensor, weight: float) -> None:
+        weights = torch.where(left_out, 0.0, weight)
+        for target, value in zip(self.averages, self.values):
+            target.lerp_(value, weights)
+        for target, value in self.copies:
+            target.copy_(torch.where(left_out, target, value))

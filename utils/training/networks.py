@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from models.errors import UserError
 from models.lpips import load_lpips
 from models.sit import SiT
 from models.vae import VAE, build_vae, load_vae
-from models.weights import load_strictly, read_state
+from models.weights import WeightFile, load_strictly, read_state
 from utils import checkpoint as ckpt
 from utils.config.schema import Config
 from utils.data.base import Source
@@ -46,14 +46,24 @@ class Networks:
     encoders: list[Encoder] = field(default_factory=list)
     lpips: LPIPS | None = None
     lecam: LeCam | None = None
-    ema: SiT | None = None
-    update_ema: EmaUpdate | None = None
+    ema: SiT = field(init=False)
+    update_ema: EmaUpdate = field(init=False)
     trained: dict[str, TrainedNetwork] = field(default_factory=dict)
     precision: str = "fp32"
 
     def autocast(self) -> torch.autocast:
         """Mixed precision, for forwards only."""
         return autocast(self.sit.device, self.precision)
+
+    def tensors(self) -> dict[str, list[torch.Tensor]]:
+        """Every tensor of the state of a run, by what it belongs to, in words."""
+        nets = {"VAE": self.vae, "SiT": self.sit, "EMA": self.ema, "discriminator": self.disc}
+        nets["LeCam averages"] = self.lecam
+        found = {name: [*n.parameters(), *n.buffers()] for name, n in nets.items() if n is not None}
+        for name, trained in self.trained.items():
+            state = trained.opt.state.values()
+            found[f"optimizer of {name}"] = [t for moments in state for t in moments.values()]
+        return found
 
 
 def build_networks(
@@ -75,17 +85,20 @@ def build_networks(
     vae, encoders, lpips = Ranks().main_first(lambda: load_pretrained(c, origin))
     vae = vae.to(device)
     if cache:
-        cache.check_vae(vae, str(origin / ckpt.VAE_FOLDER) if origin else c.vae.name)
-    disc = _seeded(c, "disc", lambda: build_disc(c)).to(device) if c.uses_disc else None
+        cache.check_vae(vae, vae_spec(c, origin)[0])
+    own_disc = uses_disc_weights(c, origin)
+    file = c.disc.weights if own_disc else None
+    disc = _seeded(c, "disc", lambda: build_disc(c, file)).to(device) if c.uses_disc else None
     dims = tuple(encoder.embed_dim for encoder in encoders)
     if c.uses_encoder and c.encoder.cached:
+        assert cache, "encoder.cached needs data.latents"
         dims = cache.encoder_dims()
     sit = load_or_initialize_sit(c, vae, source.num_classes, dims, device, origin)
     stats = None
     if origin is None:
         stats = initial_latent_stats(c, vae, source, cache)
         sit.bn.set_stats(torch.tensor(stats["mean"]), torch.tensor(stats["std"]))
-    elif disc and not ckpt.load_discriminator_weights(disc, origin) and checkpoint:
+    elif disc and not own_disc and not ckpt.load_discriminator_weights(disc, origin) and checkpoint:
         raise UserError(f"{origin} has no discriminator: set loss.reg.gan=0, or a new run.name")
     nets = Networks(vae, sit, disc, encoders=[encoder.to(device) for encoder in encoders])
     nets.lpips = lpips.to(device) if lpips else None
@@ -100,15 +113,33 @@ def build_networks(
     nets.update_ema = EmaUpdate(nets.ema, sit)
     if checkpoint is not None:
         ckpt.restore_training_state(nets, checkpoint)
+    for trained in nets.trained.values():
+        if trained.guard:
+            trained.guard.remember()  # what a checkpoint has just brought
     return nets, stats
+
+
+def restore_networks(nets: Networks, checkpoint: Path) -> None:
+    """Bring the networks of a run back, in place, to what they were at one of its checkpoints."""
+    vae = load_vae(str(checkpoint / ckpt.VAE_FOLDER))
+    nets.vae.load_state_dict(vae.state_dict())
+    ckpt.load_sit_weights(nets.sit, checkpoint, ckpt.SIT)
+    ckpt.load_sit_weights(nets.ema, checkpoint, ckpt.SIT_EMA)
+    if nets.disc:
+        ckpt.load_discriminator_weights(nets.disc, checkpoint)
+    ckpt.restore_training_state(nets, checkpoint)
 
 
 def load_pretrained(c: Config, origin: Path | None) -> tuple[VAE, list[Encoder], LPIPS | None]:
     """VAE, encoders and LPIPS, on the CPU; the VAE is that of `origin`, if there is one."""
     lpips = load_lpips(c.loss.reg.lpips_weights) if c.vae.train and c.loss.reg.lpips else None
-    spec = (str(origin / ckpt.VAE_FOLDER),) if origin else (c.vae.name, c.vae.weights)
-    vae = _seeded(c, "vae", lambda: load_vae(*spec))
+    vae = _seeded(c, "vae", lambda: load_vae(*vae_spec(c, origin)))
     return vae, _seeded(c, "encoders", lambda: load_encoders(c)), lpips
+
+
+def vae_spec(c: Config, origin: Path | None) -> tuple[str, str | None]:
+    """Name and weights of the VAE that the run begins with, for `load_vae`."""
+    return (str(origin / ckpt.VAE_FOLDER), "hub") if origin else (c.vae.name, c.vae.weights)
 
 
 def load_encoders(c: Config) -> list[Encoder]:
@@ -120,14 +151,19 @@ def load_encoders(c: Config) -> list[Encoder]:
     return [load_encoder(name, file, c.data.resolution, c.encoder_grid) for name, file in pairs]
 
 
-def build_disc(c: Config) -> PatchGAN:
-    """The discriminator, with the weights of its file if one is given."""
+def uses_disc_weights(c: Config, origin: Path | None) -> bool:
+    """Whether a run that begins with the checkpoint `origin` reads the file `disc.weights`: a new
+    run does, also one with `run.init_from`; one that goes on has the checkpoint's."""
+    return c.disc.weights is not None and (origin is None or str(origin) == c.run.init_from)
+
+
+def build_disc(c: Config, weights: str | None) -> PatchGAN:
+    """The discriminator, with the weights of a file if one is given."""
+    PatchGAN.check_resolution(c.disc.layers, c.data.resolution)  # before a million layers are made
     disc = PatchGAN(c.disc.layers, c.disc.channels, c.disc.norm)
-    disc.check_resolution(c.data.resolution)
-    if c.disc.weights:
-        path = Path(c.disc.weights)
-        if not path.is_file():
-            raise UserError(f"disc.weights={path}: no such file")
+    if weights:
+        what = "a discriminator's weights"
+        path = WeightFile(what, path=Path(weights), setting="disc.weights={}").fetch(download=False)
         load_strictly(disc, read_state(path), path, "the discriminator of this config")
     return disc
 
@@ -183,18 +219,20 @@ def load_or_initialize_sit(
     return sit
 
 
-def skeleton(c: Config, num_classes: int) -> Networks:
-    """The networks of a run, without LPIPS, on the meta device: shapes without numbers.
+def skeleton(c: Config, num_classes: int, origin: Path | None = None) -> Networks:
+    """The networks of a run, without LPIPS, on the meta device: shapes without numbers. The VAE is
+    that of the checkpoint `origin`, if there is one.
 
     Raises `UserError` where shapes do not meet. No weight file is looked for.
     """
     with torch.device("meta"):
-        vae = build_vae(c.vae.name)
+        vae = build_vae(str(origin / ckpt.VAE_FOLDER) if origin else c.vae.name)
         names = c.encoder.names if c.uses_encoder else []
         encoders = [load_encoder(n, "random", c.data.resolution, c.encoder_grid) for n in names]
         sit = build_sit(c, vae, num_classes, tuple(e.embed_dim for e in encoders))
-        disc = build_disc(replace(c, disc=replace(c.disc, weights=None))) if c.uses_disc else None
-    nets = Networks(vae, sit, disc, [] if c.encoder.cached else encoders, ema=make_ema(sit))
+        disc = build_disc(c, None) if c.uses_disc else None
+    nets = Networks(vae, sit, disc, [] if c.encoder.cached else encoders)
+    nets.ema = make_ema(sit)
     nets.lecam = LeCam() if disc and c.loss.reg.lecam else None
     # the loss scale of fp16 would be read back, which fake tensors refuse; sizes are those of bf16
     nets.precision = "bf16" if c.run.precision == "fp16" else c.run.precision
@@ -240,6 +278,9 @@ def prepare_for_training(nets: Networks, c: Config, accelerator: Accelerator) ->
     trained |= {"disc": (nets.disc, c.disc.optim)} if nets.disc else {}
     for name, (net, optim) in trained.items():
         nets.trained[name] = TrainedNetwork(net, optim, accelerator, c.run.precision)
+        if c.run.on_nonfinite == "skip":
+            averages = [nets.lecam] if name == "disc" and nets.lecam else []
+            nets.trained[name].skip_nonfinite(*averages)
     if not c.vae.train:
         nets.vae.requires_grad_(False)
 

@@ -1,18 +1,25 @@
 """Small evaluations while training: EMA samples through the code of sample_ddp.py, measured by the
 code of evaluate_fid.py. The number of images is part of each name: `FD-1k[...]`, `FID-1k`."""
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 
 from models.errors import UserError
+from models.weights import short
 from utils.config.schema import Config
 from utils.data.base import Source
 from utils.distributed import Ranks
-from utils.evaluation.evaluate import choose_metrics, evaluate
+from utils.evaluation.evaluate import check_network, check_possible, evaluate
 from utils.evaluation.image_sets import SourceImages
-from utils.evaluation.networks import load_network
-from utils.evaluation.options import Options
+from utils.evaluation.metrics import METRICS, select_metrics
+from utils.evaluation.networks import load_features, load_network
+from utils.evaluation.npz_images import ArrayImages
+from utils.evaluation.options import Options, parse_features
 from utils.evaluation.reference import Reference
 from utils.evaluation.report import scalars
+from utils.process.ending import say
 from utils.sampling.images import draw_images
 from utils.sampling.settings import SamplingSettings
 from utils.training.networks import Networks
@@ -34,50 +41,81 @@ class OnlineEvaluation:
             precision=config.run.precision,
             batch_size=e.batch_size,
         )
-        self.ranks = self.net = None
-        if e.every:
-            self._prepare()
+        self.ranks = Ranks() if e.every else None
+        self.net = load_network(self.options, self.ranks) if self.ranks else None
 
-    def _prepare(self) -> None:
-        """Load the feature network and try the settings on the reference."""
-        self.ranks = Ranks()
+    def measure(self, nets: Networks, check: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """{"eval/FD-1k[...]": value, ...}, the same on every rank. `check` is called after each
+        batch, equally often on every rank, and may raise to end the evaluation.
+
+        One that fails (files that have gone, no memory, samples that are not finite) is left out
+        with a line, and the run goes on: {}. Of several ranks, only one may have failed, and the
+        others wait for it; so there the error ends the run.
+        """
         try:
-            self.net = load_network(self.options, self.ranks)
-            target = Reference(self.reference, self.config.data.resolution)
-            choose_metrics(self.options.metrics, self.net.family, target)
-        except UserError as error:
-            raise UserError(
-                f"{error} (in training these are eval.features, eval.weights, eval.metrics and "
-                "eval.reference; eval.every=0 leaves evaluation out)"
-            ) from None
+            return self._measure(nets, check)
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
+            if self.ranks is None or self.ranks.world > 1:
+                raise
+            say(f"warning: this evaluation is left out, and the run goes on: {short(error)}")
+            return {}
 
-    def is_due(self, step: int) -> bool:
-        """Every `eval.every` steps; 0 = never."""
-        return self.config.eval.every > 0 and step % self.config.eval.every == 0
-
-    def measure(self, nets: Networks) -> dict[str, float]:
-        """{"eval/FD-1k[...]": value, ...}, the same on every rank."""
+    def _measure(self, nets: Networks, check: Callable[[], None]) -> dict[str, float]:
+        reference = reference_of(self.config, self.source)
         record = evaluate(
-            self.sample(nets), self.reference, self.options, net=self.net, ranks=self.ranks
-        )
+            self.sample(nets, check), reference, self.options, net=self.net, ranks=self.ranks,
+            progress=lambda what: lambda done: check(),
+        )  # fmt: skip
         return {f"eval/{name}": value for name, value in scalars(record).items()}
 
-    def sample(self, nets: Networks) -> torch.Tensor:
-        """(N, 3, H, W) uint8: all images on every rank, in the order of their indices."""
+    def sample(self, nets: Networks, check: Callable[[], None] = lambda: None) -> torch.Tensor:
+        """(N, 3, H, W) uint8: all images on every rank, in the order of their indices. `check` as
+        in `measure`."""
+        assert self.ranks is not None, "eval.every=0"
         e, ranks, size = self.config.eval, self.ranks, self.config.data.resolution
         images = torch.zeros(e.num, 3, size, size, dtype=torch.uint8)
         starts = range(0, e.num, e.batch_size)
-        for start in starts[ranks.rank :: ranks.world]:
-            block = range(start, min(start + e.batch_size, e.num))
-            images[block.start : block.stop] = draw_images(
-                self.settings, nets.ema, nets.vae, block, ranks.device
-            )
+        for first in range(0, len(starts), ranks.world):
+            for start in starts[first + ranks.rank : first + ranks.rank + 1]:  # at most one
+                block = range(start, min(start + e.batch_size, e.num))
+                images[block.start : block.stop] = draw_images(
+                    self.settings, nets.ema, nets.vae, block, ranks.device
+                )
+            check()
         # every image was made by one rank and is zero on the others
         return ranks.sum(images.to(ranks.device)).cpu()
 
-    @property
-    def reference(self) -> str | SourceImages:
-        """`eval.reference`, or the training images."""
-        d = self.config.data
-        name = ":".join(filter(None, (d.source, d.path or d.split)))
-        return self.config.eval.reference or SourceImages(self.source, f"{name}@{d.resolution}")
+
+def reference_of(config: Config, source: Source) -> str | SourceImages:
+    """`eval.reference`, or the training images."""
+    d = config.data
+    name = ":".join(filter(None, (d.source, d.path or d.split)))
+    return config.eval.reference or SourceImages(source, f"{name}@{d.resolution}")
+
+
+def check_evaluation(config: Config, source: Source | None) -> None:
+    """`UserError` unless the evaluations of a run are possible: feature network and reference are
+    here, and go with the metrics, the number of images and their size; without evaluations, that
+    the names of metrics and features are known. `source` None: the training images are not known.
+    """
+    e, side = config.eval, config.data.resolution
+    options = Options(features=e.features, metrics=tuple(e.metrics), weights=e.weights)
+    try:
+        select_metrics(METRICS, options.metrics)
+        parse_features(e.features)
+        if not e.every:
+            return
+        net = load_features(e.features, weights=e.weights)
+        check_network(net, (side, side))
+        # as many images as there will be, without their memory
+        black = np.broadcast_to(np.uint8(0), (e.num, side, side, 3))
+        images = ArrayImages(black, "eval.num", "samples")
+        if e.reference or source:
+            reference = reference_of(config, source) if source else e.reference
+            check_possible(images, Reference(reference, side), options.metrics, net)
+    except UserError as error:
+        otherwise = "; eval.every=0 leaves evaluation out" if e.every else ""
+        raise UserError(
+            f"{error} (in training these are eval.num, eval.features, eval.weights, eval.metrics "
+            f"and eval.reference{otherwise})"
+        ) from None

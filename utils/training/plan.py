@@ -1,62 +1,354 @@
-"""What a run will be, before anything is loaded: what --dry-run prints."""
+"""Whether a run can do what its settings ask for, before anything is loaded, measured or written.
 
+`check_run` is the one validation of settings, data and checkpoints: training begins with it,
+--dry-run prints what it found, and the doctor makes the same checks one by one.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
 import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from models.encoders import load_encoder
 from models.errors import UserError
-from utils.config.load import to_yaml
-from utils.config.schema import Config, per_rank_batch
-from utils.data.base import Source
+from models.lpips import load_lpips
+from models.sit import SiT
+from models.vae import build_vae, load_vae, vae_from_config, vae_weight_file
+from models.vae_keys import to_diffusers
+from models.weights import CONFIG, WEIGHTS, read_config, read_state, require_match, short
+from utils.checkpoint import (
+    DISCRIMINATOR,
+    OPTIMIZERS,
+    SIT,
+    SIT_EMA,
+    VAE_FOLDER,
+    Checkpoints,
+)
+from utils.cli import check_output_folder
+from utils.config.load import recorded_config, to_yaml
+from utils.config.resuming import change_line, require_resumable
+from utils.config.schema import Config, all_settings, per_rank_batch
+from utils.data.base import Source, cautions, describe
+from utils.data.latents import CachedSource, LatentCache
 from utils.data.registry import source_class
 from utils.data.training import join_cache, open_training_data
-from utils.distributed import launched_ranks
-from utils.evaluation.metrics import METRICS, select_metrics
-from utils.training.networks import Networks, count, skeleton
+from utils.distributed import Ranks, launched_ranks
+from utils.files import format_bytes
+from utils.run_lock import check_unlocked
+from utils.sealed import read_state_json
+from utils.training.networks import (
+    Networks,
+    build_disc,
+    count,
+    skeleton,
+    uses_disc_weights,
+    vae_spec,
+)
+from utils.training.nonfinite import LeftOutSteps, ema_warning
+from utils.training.online_evaluation import check_evaluation
+
+LPIPS_LEAST = 16  # pixels: the four poolings of VGG-16 halve an image to one pixel
+# The names of dtypes in the header of a .safetensors.
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+}
+
+
+@dataclass
+class Start:
+    """What a run begins with. `checkpoint`: the one it goes on from, after `step` steps; None, 0 =
+    a new run. `origin`: the one whose weights it takes: `checkpoint`, or run.init_from, or None."""
+
+    checkpoint: Path | None
+    step: int
+    origin: Path | None
+
+
+@dataclass
+class Plan:
+    """What a run will be. `source` and `training_set` are None only in a dry run without the data.
+
+    source        the images
+    training_set  the images with their cached latents, if there are any
+    start         what the run begins with
+    nets          the networks without numbers, on the meta device
+    rank_batch    images of one rank in one step
+    notes         what a user should know: no mistakes
+    """
+
+    source: Source | None
+    training_set: Source | None
+    start: Start
+    nets: Networks
+    rank_batch: int
+    notes: list[str]
+
+
+def check_run(c: Config, ranks: int, *, assume_data: bool = False, read_all: bool = True) -> Plan:
+    """What the run on `ranks` ranks will be; a `UserError` for whatever would stop it later.
+
+    Reads file headers, and no network but the VAE of cached latents; writes nothing. `assume_data`:
+    data and cached latents that are not on this machine may be missing (wrong ones may not).
+    Without `read_all`, the bytes of checkpoints are not compared with their hashes.
+    """
+    check_run_folder(c)
+    LeftOutSteps(c)  # its record can be read
+    rank_batch = per_rank_batch(c, ranks)
+    source, training_set, notes = find_data(c, assume_data)
+    start = starting_point(c, read_all=read_all)
+    notes += changes_since(c, start, source)
+    # with run.init_from, the settings must name the architecture that the checkpoint has
+    nets = check_networks(c, source, start.checkpoint)
+    if start.origin:
+        require_fit(nets, start.origin, resume=start.checkpoint is not None)
+    for _, check in weight_checks(c, start.origin):
+        check()
+    if isinstance(training_set, CachedSource):
+        check_cached_vae(c, training_set.cache, start.origin)
+    check_pictures(c)
+    check_evaluation(c, source)
+    notes += [f"{name} is given, and this run does not read it" for name in unread_files(c)]
+    return Plan(source, training_set, start, nets, rank_batch, notes)
+
+
+def open_checked(c: Config) -> tuple[Source, Source]:
+    """`source` and `training_set` of a run's `Plan`, on every rank. The main process makes the
+    checks; its `UserError` ends all ranks."""
+    ranks, plans = Ranks(), []
+    ranks.on_main(lambda: plans.append(check_run(c, ranks.world)))
+    source = plans[0].source if plans else open_training_data(c)
+    training_set = plans[0].training_set if plans else join_cache(c, source)
+    assert source is not None and training_set is not None
+    ranks.print(describe(source))
+    for plan in plans:
+        for note in plan.notes:
+            ranks.print(f"note: {note}")
+    return source, training_set
+
+
+# --------------------------------------------------------------------------------------
+# The checks, each of which raises `UserError`.
+
+
+def check_run_folder(c: Config) -> None:
+    """The run's folder can be made, or is there and can be written to."""
+    run, what = c.run_dir, f"run.out={c.run.out} run.name={c.run.name}:"
+    check_output_folder(what, run)
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{what} {run} is no folder: choose another run.name, or remove it")
+
+
+def find_data(c: Config, assume: bool) -> tuple[Source | None, Source | None, list[str]]:
+    """The images, the same with their cached latents, and what is to be known of them. With
+    `assume`, None for what is not on this machine."""
+    cls, d = source_class(c.data.source, c.data.split), c.data
+    if assume and cls.needs_path and d.path and not os.path.lexists(d.path):
+        return None, None, [f"no data at data.path={d.path}: their number and classes are unknown"]
+    source = open_data(c)
+    if assume and d.latents and not os.path.lexists(d.latents):
+        return source, None, [*cautions(source), f"no cached latents at data.latents={d.latents}"]
+    training_set = join_cache(c, source)
+    training_set.try_some()
+    return source, training_set, cautions(source)
+
+
+def open_data(c: Config) -> Source:
+    """The images, enough of them for a batch."""
+    source = open_training_data(c)
+    if len(source) < c.run.batch_size:
+        raise UserError(
+            f"the data has {len(source):,} images, fewer than run.batch_size={c.run.batch_size}: "
+            "lower it, or give more images"
+        )
+    return source
+
+
+def check_networks(c: Config, source: Source | None, origin: Path | None) -> Networks:
+    """The shapes of the networks meet each other and the data; the networks without numbers."""
+    if c.loss.reg.lpips and c.vae.train and c.data.resolution < LPIPS_LEAST:
+        raise UserError(
+            f"data.resolution={c.data.resolution} is too small for LPIPS, which takes images of "
+            f"{LPIPS_LEAST} px or more: raise it, or set loss.reg.lpips=0"
+        )
+    classes = source.num_classes if source else c.data.num_classes or 1000
+    return skeleton(c, classes, origin)
+
+
+def weight_checks(c: Config, origin: Path | None) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name of the network, a call that raises `UserError`) for each file that the settings name:
+    it is there and fits. Those that will be downloaded are not looked at."""
+    if origin is None:
+        yield "vae", partial(check_vae_file, c)
+    files = c.encoder.weights if c.uses_encoder and not c.encoder.cached else []
+    for name, file in zip(c.encoder.names, files):
+        if file not in (None, "random"):
+            yield "encoder", partial(load_encoder, name, file, c.data.resolution, c.encoder_grid)
+    if c.loss.reg.lpips and c.vae.train and c.loss.reg.lpips_weights:
+        yield "lpips", partial(load_lpips, c.loss.reg.lpips_weights)
+    if c.uses_disc and uses_disc_weights(c, origin):
+        yield "disc", partial(build_disc, c, c.disc.weights)
+
+
+def unread_files(c: Config) -> list[str]:
+    """Settings that name a file for something that this run leaves out."""
+    read = {
+        "encoder.weights": c.uses_encoder and not c.encoder.cached,
+        "loss.reg.lpips_weights": c.loss.reg.lpips > 0 and c.vae.train,
+        "disc.weights": c.uses_disc,
+        "eval.weights": c.eval.every > 0,
+        "eval.reference": c.eval.every > 0,
+    }
+    given = {name: value for name, _, value in all_settings(c)}
+    return [name for name, is_read in read.items() if given[name] and not is_read]
+
+
+def check_vae_file(c: Config) -> None:
+    """The file of the initial VAE, if the settings name one, fits its architecture."""
+    file = vae_weight_file(c.vae.name, c.vae.weights)
+    if file is None or file.path is None:
+        return
+    path = file.fetch(download=False)
+    with torch.device("meta"):
+        if file.companions:  # a folder, with an architecture of its own
+            vae = vae_from_config(read_config(path.with_name(CONFIG)), path.parent)
+        else:
+            vae = build_vae(c.vae.name)
+    require_match(vae.net.state_dict(), to_diffusers(read_shapes(path)), path, "the VAE")
+
+
+def check_cached_vae(c: Config, cache: LatentCache, origin: Path | None) -> None:
+    """The cached latents are those of the VAE, unless its weights are not on this machine yet."""
+    spec, weights = vae_spec(c, origin)
+    file = vae_weight_file(spec, weights)
+    if file and file.find():
+        cache.check_vae(load_vae(spec, weights), spec)
+
+
+def check_pictures(c: Config) -> None:
+    """Previews and evaluations fit into the memory of this machine."""
+    memory, side = psutil.virtual_memory().total, c.data.resolution
+    for name, section in (("preview", c.preview), ("eval", c.eval)):
+        size = section.num * 3 * side * side
+        if section.every and size > memory:
+            raise UserError(
+                f"{name}.num={section.num} images of {side} px take {format_bytes(size)}, this "
+                f"machine has {format_bytes(memory)}: lower {name}.num, or set {name}.every=0"
+            )
+
+
+def require_fit(nets: Networks, origin: Path, resume: bool) -> None:
+    """The networks of a checkpoint have the shapes of these; what a run that resumes needs more is
+    there. Reads headers alone."""
+    parts: list[tuple[str, nn.Module]]
+    parts = [(f"{name}/{WEIGHTS}", nets.sit) for name in (SIT, SIT_EMA)]
+    parts.append((f"{VAE_FOLDER}/{WEIGHTS}", nets.vae.net))
+    if nets.disc and (resume or (origin / DISCRIMINATOR).is_file()):
+        if not (origin / DISCRIMINATOR).is_file():
+            raise UserError(f"{origin} has no discriminator: set loss.reg.gan=0, or a new run.name")
+        parts.append((DISCRIMINATOR, nets.disc))
+    if resume and not (origin / OPTIMIZERS).is_file():
+        raise UserError(f"{origin} holds no optimizers (imported?): use run.init_from={origin}")
+    for name, net in parts:
+        path = origin / name
+        if not path.is_file():
+            raise UserError(f"{path} not found: {origin} is no whole checkpoint; name another")
+        try:
+            require_match(net.state_dict(), read_shapes(path), path, "this config")
+        except UserError as error:
+            raise UserError(f"{error}; correct the config, or choose another run.name") from None
+
+
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file on the meta device: of a .safetensors the header alone is
+    read."""
+    if path.suffix != ".safetensors":
+        return {name: value.to("meta") for name, value in read_state(path).items()}
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: torch.empty(each.get_shape(), dtype=DTYPES[each.get_dtype()], device="meta")
+                for name, each in slices.items()
+            }
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged, or no weight file ({short(error)})") from None
+
+
+def starting_point(
+    c: Config, report: Callable[[str], None] = print, read_all: bool = True
+) -> Start:
+    """What the run begins with; `report` gets a line for each checkpoint that is passed over.
+    Without `read_all`, the bytes of checkpoints are not looked at."""
+    found = Checkpoints(c.run_dir).choose_start(c.run.resume, report, read_all)
+    if found is None:
+        return Start(None, 0, Path(c.run.init_from) if c.run.init_from else None)
+    return Start(found, read_state_json(found).step or 0, found)
+
+
+def changes_since(c: Config, start: Start, source: Source | None) -> list[str]:
+    """A line for each setting that a run that goes on has changed; `UserError` for one that it must
+    not change, and for other classes than those it has learned."""
+    if start.checkpoint is None:
+        return []
+    saved = recorded_config(start.checkpoint, c)
+    if saved is None:
+        return [f"{start.checkpoint} has no record of its settings: nothing is compared"]
+    left_out = {*saved.run.skip_steps, *LeftOutSteps(c).steps_of_rollbacks}
+    if late := {step for step in c.run.skip_steps if step < start.step} - left_out:
+        raise UserError(
+            f"run.skip_steps names step {min(late)}, which {start.checkpoint} has trained already: "
+            "name later ones, or go on from an earlier checkpoint by run.resume and a new run.name"
+        )
+    learned = read_state_json(start.checkpoint).classes
+    changes = require_resumable(saved, c, learned, list(source.classes) if source else None)
+    return [f"changed since it was saved: {change_line(n, *pair)}" for n, pair in changes.items()]
+
+
+# --------------------------------------------------------------------------------------
+# What --dry-run prints.
 
 
 def print_plan(c: Config) -> None:
-    """--dry-run: the resolved config and what follows from it. Needs neither weights nor data."""
-    source_class(c.data.source, c.data.split)
-    if c.eval.every:
-        select_metrics(METRICS, tuple(c.eval.metrics))
-    source, note = None, ""
-    try:
-        source = open_training_data(c)
-    except UserError as error:
-        note = f"note: {error}"
-    if source:
-        join_cache(c, source)
+    """The resolved config and what follows from it. Needs neither weights nor data; whatever is
+    wrong is a `UserError`, as in the run itself."""
+    ranks = launched_ranks()
+    plan = check_run(c, ranks, assume_data=True)
+    check_unlocked(c.run_dir)  # the run itself takes the lock
     print(to_yaml(c))
-    for name, value in describe_run(c, source, launched_ranks()).items():
+    for name, value in describe_run(c, plan, ranks).items():
         print(f"{name:>16}: {value}")
-    if note:
-        print(note)
+    for note in plan.notes:
+        print(f"note: {note}")
+    if warning := ema_warning(c):
+        print(f"warning: {warning[1]}")
 
 
-def check_shapes(c: Config, num_classes: int, ranks: int) -> tuple[Networks, int]:
-    """The networks of a run without numbers, and the images of one rank in a step. Loads nothing.
-
-    Raises `UserError` where the shapes of the networks do not meet or the batch does not split.
-    """
-    rank_batch = per_rank_batch(c, ranks)
-    return skeleton(c, num_classes), rank_batch
-
-
-def describe_run(c: Config, source: Source | None, ranks: int) -> dict[str, str]:
-    """Batch, steps, shapes and parameters of a run on `ranks` ranks; `source` None = no data here.
-
-    Raises `UserError` where the batch does not split or the shapes of the networks do not meet.
-    """
-    classes = source.num_classes if source else c.data.num_classes or 1000
-    nets, rank_batch = check_shapes(c, classes, ranks)
-    epoch = (
-        f"{len(source) // c.run.batch_size:,}" if source else f"unknown: no data at {c.data.path}"
-    )
+def describe_run(c: Config, plan: Plan, ranks: int) -> dict[str, str]:
+    """Data, batch, steps, shapes and parameters of a run on `ranks` ranks."""
+    nets, source = plan.nets, plan.source
+    classes = nets.sit.config.num_classes
+    data = describe(source) if source else f"none at {c.data.path}; {classes} classes are assumed"
+    epoch = f"{len(source) // c.run.batch_size:,}" if source else "unknown"
+    start = plan.start
+    vae = f"that of {start.origin}" if start.origin else f"{c.vae.name}, weights: {c.vae.weights}"
+    begins = f"{start.checkpoint}, step {start.step:,}" if start.checkpoint else "a new run"
     return {
-        "global batch": f"{c.run.batch_size} = {rank_batch // c.run.accumulation} per rank x "
+        "global batch": f"{c.run.batch_size} = {plan.rank_batch // c.run.accumulation} per rank x "
         f"{ranks} rank(s) x {c.run.accumulation} micro-batch(es)",
+        "data": data,
         "steps per epoch": epoch,
         "steps": f"{c.run.steps:,} ({c.run.steps * c.run.batch_size:,} images)",
-        "classes": str(classes) + ("" if source else " (assumed: data not found)"),
+        "begins with": begins,
+        "VAE": vae,
         "latents": "x".join(map(str, nets.vae.latent_shape(c.data.resolution))),
         "tokens": f"{nets.sit.grid}x{nets.sit.grid} = {nets.sit.grid**2}",
         "encoders": ", ".join(c.encoder.names) if c.uses_encoder else "none",
@@ -65,7 +357,7 @@ def describe_run(c: Config, source: Source | None, ranks: int) -> dict[str, str]
     }
 
 
-def parameters(vae: nn.Module, sit: nn.Module, disc: nn.Module | None) -> str:
+def parameters(vae: nn.Module, sit: SiT, disc: nn.Module | None) -> str:
     """Number of parameters of each network, in words."""
     projectors = count(sit.projectors)
     text = f"SiT {count(sit) - projectors:,} + projectors {projectors:,}, VAE {count(vae):,}"

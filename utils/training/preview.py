@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from utils.checkpoint import is_step
 from utils.config.schema import Config
 from utils.data.base import Source
 from utils.data.images import pm1_to_u8, save_grid, u8_to_pm1
@@ -20,6 +23,19 @@ COLUMNS = 8
 CHUNK = 16  # images sampled at a time
 
 
+def picture_files(run_dir: Path, step: int) -> tuple[Path, Path]:
+    """The pictures of samples and of reconstructions after `step` steps."""
+    folder = run_dir / "samples"
+    return folder / f"{step:07d}.png", folder / f"{step:07d}-reconstructions.png"
+
+
+def later_pictures(run_dir: Path, step: int) -> list[Path]:
+    """The pictures of steps after `step`, as `picture_files` names them."""
+    files = [file for file in (run_dir / "samples").glob("*.png") if file.is_file()]
+    numbers = {file: file.stem.removesuffix("-reconstructions") for file in files}
+    return [file for file, name in numbers.items() if is_step(name) and int(name) > step]
+
+
 class Previewer:
     """Writes samples/STEP.png and samples/STEP-reconstructions.png on the main process."""
 
@@ -27,23 +43,27 @@ class Previewer:
         self.config, self.source, self.device = config, source, accelerator.device
         self.is_main = accelerator.is_main_process
 
-    def is_due(self, step: int, last: bool) -> bool:
-        """Every `preview.every` steps, and at the end; 0 = never."""
-        every = self.config.preview.every
-        return every > 0 and (last or step % every == 0)
-
-    def write(self, nets: Networks, step: int) -> None:
-        """Both pictures, after `step` steps."""
+    def write(
+        self,
+        nets: Networks,
+        step: int,
+        check: Callable[[], None] = lambda: None,
+        write: Callable[..., None] = save_grid,
+    ) -> None:
+        """Draw both pictures after `step` steps, and `write` them. `check` is called between two
+        parts of the work, and may raise to end it."""
         if not self.is_main:
             return
-        folder = self.config.run_dir / "samples"
         scale = max(1, 64 // self.config.data.resolution)
-        save_grid(folder / f"{step:07d}.png", self.draw_samples(nets), COLUMNS, scale)
-        pairs = self.reconstruct(nets)
-        save_grid(folder / f"{step:07d}-reconstructions.png", pairs, COLUMNS, scale)
+        samples, reconstructions = picture_files(self.config.run_dir, step)
+        write(samples, self.draw_samples(nets, check), COLUMNS, scale)
+        check()
+        write(reconstructions, self.reconstruct(nets), COLUMNS, scale)
 
     @torch.no_grad()
-    def draw_samples(self, nets: Networks) -> torch.Tensor:
+    def draw_samples(
+        self, nets: Networks, check: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
         """(N, 3, H, W) uint8 of the EMA weights; the labels run through the classes in order."""
         p, seed = self.config.preview, self.config.run.seed
         shape = (p.num, *nets.vae.latent_shape(self.config.data.resolution))
@@ -51,6 +71,7 @@ class Previewer:
         y = torch.arange(p.num, device=self.device) % self.source.num_classes
         images = []
         for number, (chunk, labels) in enumerate(zip(noise.split(CHUNK), y.split(CHUNK))):
+            check()
             with nets.autocast():
                 z_n = sample(
                     nets.ema,
@@ -72,7 +93,7 @@ class Previewer:
         rows = []
         for start in (0, COLUMNS):
             indices = [(start + i) * total // (2 * COLUMNS) for i in range(COLUMNS)]
-            x_u8 = torch.stack([self.source[i][0] for i in indices]).to(self.device)
+            x_u8 = torch.stack([self.source.take(i)[0] for i in indices]).to(self.device)
             with nets.autocast():
                 x_hat = nets.vae.decode(nets.vae.encode(u8_to_pm1(x_u8)).mean)
             rows += [x_u8, pm1_to_u8(x_hat)]

@@ -10,25 +10,56 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
+from models.errors import UserError
+from utils.checkpoint import UNUSED_CONFIG, Checkpoints, read_averages
 from utils.config.load import CONFIG_FILE, flat, to_yaml
 from utils.config.schema import Config
-from utils.files import write_atomically, write_json
+from utils.files import reason, sync, write_atomically, write_json
+from utils.process.ending import say
+from utils.run_lock import RunLock
 from utils.training.networks import Networks
+from utils.training.nonfinite import NonFiniteError, Warnings, check_skipped
+from utils.training.preview import later_pictures
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class NonFiniteError(RuntimeError):
-    """A loss stopped being a number: the message names the term and the first such step."""
+METRICS_FILE = "metrics.jsonl"
+
+
+class Tolerance:
+    """Writes beside the checkpoints: where one fails (a full disk, a folder that is gone), the run
+    goes on, and the first failure of each kind is one line.
+
+    Before each of them `lock` is renewed, so that none reaches the folder of another run.
+    """
+
+    def __init__(self, lock: RunLock | None = None):
+        self.lock, self.told = lock, set()
+
+    @contextmanager
+    def of(self, what: str, errors: type[Exception] = OSError) -> Iterator[None]:
+        """For the block of a `with`; `what` is not written."""
+        try:
+            if self.lock:
+                self.lock.renew()
+            yield
+        except errors as error:
+            if what not in self.told:
+                why = reason(error) if isinstance(error, OSError) else f"{error}"
+                say(f"warning: {what} not written ({why}); the run goes on without")
+            self.told.add(what)
 
 
 class Tracker:
@@ -37,7 +68,8 @@ class Tracker:
 
     A value that is not finite, of a metric whose name starts with one of `guarded`, stops the run:
     losses always; gradient norms too, unless a loss scale (fp16) is there to skip such steps.
-    `status()` gives figures of the moment (learning rates, memory) for every line of metrics.jsonl.
+    `status()` gives figures of the moment (learning rates, memory) for every line of metrics.jsonl,
+    `warnings` look at it.
     """
 
     def __init__(
@@ -47,13 +79,18 @@ class Tracker:
         batch_size: int,
         guarded: tuple[str, ...] = ("loss/", "grad_norm/"),
         status: Callable[[], dict[str, float]] = dict,
+        warnings: Warnings | None = None,
+        tolerance: Tolerance | None = None,
     ):
-        self.accelerator, self.path = accelerator, run_dir / "metrics.jsonl"
+        self.accelerator, self.path = accelerator, run_dir / METRICS_FILE
         self.batch_size, self.guarded, self.status = batch_size, guarded, status
+        self.warnings, self.tolerance = warnings, tolerance or Tolerance()
         self._clear()
 
     def _clear(self) -> None:
-        self.names, self.sums, self.bad_step, self.count = None, None, None, 0
+        self.names: list[str] = []
+        self.sums = self.bad_step = torch.zeros(0)  # (terms,) float64 each
+        self.count = 0
         self.since, self.waited = time.perf_counter(), 0.0
 
     def timed(self, batches: Iterable) -> Iterator:
@@ -71,10 +108,10 @@ class Tracker:
     @torch.no_grad()
     def add(self, metrics: dict[str, torch.Tensor], step: int) -> None:
         """Scalars of one step (0-based), the same names at every step between two flushes."""
-        if self.names is not None and list(metrics) != self.names:
+        if self.count and list(metrics) != self.names:
             self.flush(step)
         values = torch.stack([m.detach().float().reshape(()) for m in metrics.values()])
-        if self.names is None:
+        if not self.count:
             self.names, self.sums = list(metrics), torch.zeros_like(values, dtype=torch.float64)
             self.bad_step = torch.full_like(values, float("inf"), dtype=torch.float64)
         self.sums += values
@@ -95,6 +132,8 @@ class Tracker:
         row["images_per_second"] = self.count * self.batch_size / seconds
         row["seconds_waiting_for_data"] = self.waited / self.count
         row |= self.status()
+        if self.warnings:
+            row |= self.warnings.look_at(row, self.warn)
         self.write(step, row)
         self._clear()
         return row
@@ -106,47 +145,100 @@ class Tracker:
 
     def _reduce(self) -> tuple[list[float], list[float]]:
         packed = torch.stack([self.sums / self.count, self.bad_step])
-        every = self.accelerator.gather(packed[None])  # (ranks, 2, terms)
-        return torch.stack([every[:, 0].mean(dim=0), every[:, 1].amin(dim=0)]).tolist()
+        every: Any = self.accelerator.gather(packed[None])  # (ranks, 2, terms)
+        return every[:, 0].mean(dim=0).tolist(), every[:, 1].amin(dim=0).tolist()
 
     def _check(self, bad: list[float]) -> None:
         watched = [(b, n) for b, n in zip(bad, self.names) if n.startswith(self.guarded)]
         first, term = min(watched, key=lambda pair: pair[0], default=(math.inf, None))
         if first < math.inf:
-            raise NonFiniteError(f"{term} is not finite at step {int(first)}")
+            raise NonFiniteError(f"{term} is not finite at step {int(first)}", int(first))
+
+    def warn(self, words: str) -> None:
+        """A line of its own, beside the progress bar, on the main process."""
+        if self.accelerator.is_main_process:
+            tqdm.write(f"warning: {words}", file=sys.stderr)
 
     def write(self, step: int, row: dict[str, float]) -> None:
         """One line under `step` steps done, on the main process."""
         if not self.accelerator.is_main_process:
             return
-        with self.path.open("a") as file:
-            # JSON has no infinity: the gradient norm of a step that fp16 skipped becomes null
-            clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
-            file.write(json.dumps({"step": step} | clean) + "\n")
-        self.accelerator.log(row, step=step)
+        # JSON has no infinity: the gradient norm of a step that fp16 skipped becomes null
+        clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        line = json.dumps({"step": step} | clean).encode() + b"\n"
+        with self.tolerance.of(f"line of {self.path}"), self.path.open("ab+") as file:
+            if file.tell() and (file.seek(-1, 2), file.read())[1] != b"\n":
+                line = b"\n" + line  # a full disk has cut the last one
+            file.write(line)
+        with self.tolerance.of("line of the trackers", Exception):
+            self.accelerator.log(row, step=step)
+
+    def sync(self) -> None:
+        """Make all lines durable, before a checkpoint that counts on them."""
+        if self.accelerator.is_main_process and self.path.is_file():
+            with self.tolerance.of(f"line of {self.path}"):
+                sync(self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next line is the mean of, for a checkpoint between two lines: the sums of all
+        ranks, (ranks, 2, terms). All ranks call this together, and get the same."""
+        state: dict[str, Any] = {"warnings": self.warnings.state_dict()} if self.warnings else {}
+        if self.count:
+            every: Any = self.accelerator.gather(torch.stack([self.sums, self.bad_step])[None])
+            state |= {"names": self.names, "count": self.count, "sums": every.cpu()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`; with another number of ranks, from the mean over the old."""
+        self._clear()
+        if self.warnings and "warnings" in state:
+            self.warnings.load_state_dict(state["warnings"])
+        if not state.get("count"):
+            return
+        every, here = state["sums"].to(self.accelerator.device), self.accelerator
+        if len(every) == here.num_processes:
+            self.sums, self.bad_step = every[here.process_index].clone()
+        else:
+            self.sums, self.bad_step = every[:, 0].mean(dim=0), every[:, 1].amin(dim=0)
+        self.names, self.count = list(state["names"]), state["count"]
+
+    def restart(self, checkpoint: Path, step: int) -> None:
+        """Go back to what `checkpoint`, after `step` steps, knew; drop lines of later steps."""
+        self.load_state_dict(read_averages(checkpoint))
+        self.rewind(step)
+
+    def check(self) -> None:
+        """Raise `NonFiniteError` as `flush` would now; nothing is written."""
+        if self.count:
+            self._check(self._reduce()[1])
 
     def rewind(self, step: int) -> None:
-        """Drop lines of steps after `step`: a resumed run will write them again."""
-        if not (self.accelerator.is_main_process and self.path.is_file()):
+        """Drop lines and pictures of steps after `step`: a resumed run will write them again."""
+        if not self.accelerator.is_main_process:
             return
-        text = self.path.read_text()
-        kept = "".join(line + "\n" for line in text.splitlines() if _step_of(line) <= step)
+        for picture in later_pictures(self.path.parent, step):
+            picture.unlink()
+        if not self.path.is_file():
+            return
+        text = self.path.read_bytes()
+        kept = b"".join(line + b"\n" for line in text.split(b"\n") if _step_of(line) <= step)
         if kept != text:  # a line may also lack nothing but its end
             write_atomically(self.path, kept)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """Step of a metrics line; infinite for one that a kill cut short."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int | float) else math.inf
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """All whole lines of a metrics.jsonl."""
-    lines = Path(path).read_text().splitlines()
-    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
+    lines = Path(path).read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines if _step_of(line) < math.inf]
 
 
 def start(
@@ -155,27 +247,57 @@ def start(
     first: int,
     nets: Networks,
     latent_stats: dict | None = None,
+    checkpoint: Path | None = None,
+    lock: RunLock | None = None,
 ) -> Tracker:
     """Record the config (an earlier, different one is kept beside it) and the latent statistics
-    that a new run starts with, and open the trackers."""
+    that a new run starts with, open the trackers, and go on with the averages of `checkpoint`."""
     guarded = ("loss/",) if config.run.precision == "fp16" else ("loss/", "grad_norm/")
-    status = partial(training_status, nets, accelerator.device)
-    tracker = Tracker(accelerator, config.run_dir, config.run.batch_size, guarded, status)
+    guarded = () if config.run.on_nonfinite == "skip" else guarded
+    status = partial(training_status, nets, accelerator.device, config.run.max_nonfinite)
+    tracker = Tracker(
+        accelerator, config.run_dir, config.run.batch_size, guarded, status, Warnings(config),
+        Tolerance(lock),
+    )  # fmt: skip
     if accelerator.is_main_process:
-        _record(config, first)
-        if latent_stats:
-            write_json(config.run_dir / "latent_stats.json", latent_stats)
-    tracker.rewind(first)
+        try:
+            own = Checkpoints(config.run_dir).folder.resolve()
+            _record(config, first, checkpoint is not None and checkpoint.resolve().parent == own)
+            if latent_stats:
+                write_json(config.run_dir / "latent_stats.json", latent_stats)
+            tracker.rewind(first)
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {config.run_dir} ({reason(error)}): make room, or choose another "
+                "run.out"
+            ) from None
+    if checkpoint:
+        tracker.load_state_dict(read_averages(checkpoint))
+    if tracker.warnings:
+        tracker.warnings.look_ahead(tracker.warn)
     if config.run.trackers:
         settings = {name: str(value) for name, value in flat(asdict(config)).items()}
-        accelerator.init_trackers("repa-e", settings, {"wandb": {"name": config.run.name}})
+        # curves of later steps are those of a killed run
+        options = {"wandb": {"name": config.run.name}, "tensorboard": {"purge_step": first + 1}}
+        accelerator.init_trackers("repa-e", settings, options)
     return tracker
 
 
-def training_status(nets: Networks, device: torch.device) -> dict[str, float]:
-    """Learning rate of each network (0: it does not move yet), loss scale of each under fp16, and
-    on a GPU the peak memory in GiB since the last call."""
-    status = {f"lr/{name}": trained.lr for name, trained in nets.trained.items()}
+def finish(accelerator: Accelerator) -> None:
+    """Close the trackers."""
+    with Tolerance().of("last lines of the trackers", Exception):
+        accelerator.end_training()
+
+
+def training_status(
+    nets: Networks, device: torch.device, max_skipped: int = sys.maxsize
+) -> dict[str, float]:
+    """Learning rate of each network (0: it does not move yet), loss scale of each under fp16, the
+    number of updates left out, and on a GPU the peak memory in GiB since the last call. Raises
+    `NonFiniteError` if more than `max_skipped` updates were left out."""
+    status: dict[str, float] = {f"lr/{name}": net.lr for name, net in nets.trained.items()}
+    skipped = {name: net.skipped for name, net in nets.trained.items() if net.skipped}
+    status |= check_skipped(skipped, max_skipped, fp16=nets.precision == "fp16")
     for name, trained in nets.trained.items():
         if trained.scaler.is_enabled():
             status[f"loss_scale/{name}"] = trained.scaler.get_scale()
@@ -185,12 +307,19 @@ def training_status(nets: Networks, device: torch.device) -> dict[str, float]:
     return status
 
 
-def _record(config: Config, first: int) -> None:
-    """Write config.yaml; one that differs is kept under the step it was good for."""
+def _record(config: Config, first: int, goes_on: bool = True) -> None:
+    """Write config.yaml; one that differs is kept under the step it was good for, or as unused if
+    the run does not go on from a checkpoint of its own. None that is kept is ever overwritten."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    path, text = config.run_dir / CONFIG_FILE, to_yaml(config)
-    if path.is_file() and path.read_text() != text:
-        old = path.rename(path.with_name(f"config.{first:07d}.yaml"))
+    path, text = config.run_dir / CONFIG_FILE, to_yaml(config).encode()
+    before = path.read_bytes() if path.is_file() else text
+    if before != text:
+        ends = chain([""], (f"-{number}" for number in count(2)))
+        name = f"config.{first:07d}" if goes_on else UNUSED_CONFIG
+        copies = (path.with_name(f"{name}{end}.yaml") for end in ends)
+        # one with the same content is that of a start that was killed here
+        old = next(p for p in copies if not p.exists() or p.read_bytes() == before)
+        write_atomically(old, before)
         print(f"the config has changed: the old one is kept as {old.name}")
     write_atomically(path, text)
 

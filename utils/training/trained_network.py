@@ -13,13 +13,15 @@ import torch.nn as nn
 from accelerate import Accelerator
 
 from utils.config.schema import OptimConfig
+from utils.training.nonfinite import SkippedUpdates, UpdateGuard
 
 
 class TrainedNetwork:
     """`net` is the raw network: saved, sampled, called where it is not trained. `ddp` is the same
     weights behind the wrapper that averages gradients over ranks: called where it is trained.
     `lr` is the learning rate of the last update, 0 before the first. `net` must be on the
-    accelerator's device already.
+    accelerator's device already. `left_out` (), bool, says on the device whether the last update
+    was left out; None where updates are not guarded. `skipped` counts them, None where none can be.
 
     The network is frozen except inside `only_training`.
     """
@@ -39,9 +41,18 @@ class TrainedNetwork:
         )
         self.lr = 0.0
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=precision == "fp16")
+        self.guard: UpdateGuard | None = None
+        self.left_out: torch.Tensor | None = None
+        self.skipped = SkippedUpdates(accelerator.device) if precision == "fp16" else None
         # Wrap first, freeze after: DDP never synchronises a parameter that was frozen when wrapped.
         self.ddp = accelerator.prepare_model(net)
         self.freeze()
+
+    def skip_nonfinite(self, *others: nn.Module) -> None:
+        """Leave out updates that are not finite from now on, with what they would have moved of the
+        buffers of this network and of `others`."""
+        self.guard = UpdateGuard(b for net in (self.net, *others) for b in net.buffers())
+        self.skipped = self.skipped or SkippedUpdates(self.accelerator.device)
 
     def freeze(self, frozen: bool = True) -> None:
         """Exclude the parameters from gradients, or include them again."""
@@ -57,7 +68,8 @@ class TrainedNetwork:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of one micro-batch, at the loss scale."""
-        self.scaler.scale(loss).backward()
+        start = self.guard.gradient_of(loss) if self.guard else None
+        self.scaler.scale(loss).backward(start)
 
     def step(self, step: int) -> torch.Tensor:
         """Clip this network's gradients and update it as optimizer step `step` (0-based, for the
@@ -70,19 +82,37 @@ class TrainedNetwork:
         self.lr = self.optim.lr * min(1.0, (step + 1) / max(1, self.optim.warmup_steps))
         for group in self.opt.param_groups:
             group["lr"] = self.lr
+        self._note_what_is_left_out(norm)
         self.scaler.step(self.opt)
         self.scaler.update()
         return norm
 
+    def _note_what_is_left_out(self, norm: torch.Tensor) -> None:
+        if self.guard:
+            self.left_out = self.guard.check(norm)
+            # fused AdamW then changes nothing; a loss scale sets this by itself
+            setattr(self.opt, "found_inf", self.left_out.float())  # noqa: B010
+        if self.skipped:
+            self.skipped.add(
+                norm.isfinite().logical_not() if self.left_out is None else self.left_out
+            )
+
     def state_dict(self) -> dict:
-        """Moments of AdamW and the loss scale."""
-        return {"opt": self.opt.state_dict(), "scaler": self.scaler.state_dict()}
+        """Moments of AdamW, the loss scale, and the number of updates left out."""
+        state = {"opt": self.opt.state_dict(), "scaler": self.scaler.state_dict()}
+        return state | ({"skipped": self.skipped.state_dict()} if self.skipped else {})
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict()`; a run may continue in another precision."""
+        """Continue from `state_dict()`; a run may continue in another precision, and with other
+        settings of AdamW: those of `optim` count, not those in the state."""
+        own = [{k: v for k, v in g.items() if k != "params"} for g in self.opt.param_groups]
         self.opt.load_state_dict(state["opt"])
+        for group, settings in zip(self.opt.param_groups, own):
+            group.update(settings)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        if self.skipped and "skipped" in state:
+            self.skipped.load_state_dict(state["skipped"])
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from utils.config.schema import Config, DataConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 CODE = [*ROOT.glob("*.py"), *(p for d in ("utils", "scripts") for p in (ROOT / d).rglob("*.py"))]
-CHECKS = ("load.py", "validate.py", "ranges.py")  # checking a setting is not using it
+CHECKS = ("load.py", "validate.py")  # checking a setting is not using it
 
 
 class Reads(ast.NodeVisitor):

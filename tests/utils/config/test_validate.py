@@ -23,9 +23,9 @@ def section_and_field(config, name):
 def test_every_number_has_a_range_that_its_default_meets():
     """True and false aside, what is a number in the schema is checked."""
     for name, declared, value in all_settings(Config()):
-        numeric = declared.type in (int, float, int | None, float | None)
+        numeric = declared.type in (int, float, int | None, float | None, list[int])
         assert numeric == ("range" in declared.metadata), name
-        if numeric and value is not None:
+        if numeric and value not in (None, []):
             assert value in declared.metadata["range"], name
 
 
@@ -37,13 +37,14 @@ def test_every_number_out_of_range_is_named_with_its_value_and_the_range():
         outside = [-1, 2] if allowed.below == 1 or allowed.at_most == 1 else [-1]
         outside += [0] if 0 not in allowed else []
         outside += [math.nan, math.inf] if declared.type is float else []
+        outside += [10**12] if allowed.at_most < 2**62 else []
         for value in outside:
             config = Config()
             section, last = section_and_field(config, name)
-            setattr(section, last, value)
+            setattr(section, last, [value] if declared.type == list[int] else value)
             (message,) = config_errors(config)
             assert f"{name}={value} must be" in message and str(allowed) in message, message
-            assert ("finite" in message) == (not math.isfinite(value))
+            assert ("finite, " in message) == (not math.isfinite(value))
 
 
 def test_all_errors_are_reported_at_once_in_the_order_of_the_schema():
@@ -58,6 +59,12 @@ INVALID = {  # overrides of the defaults: the key facts of the message, one for 
     "preview.solver=sde preview.steps=1": ("preview.steps=1", "at least 2"),
     "run.trackers=[comet]": ("comet", "tensorboard, wandb"),
     "run.init_from=configs": ("run.init_from=configs", "sit/config.json"),
+    "run.allow_change=[lr]": ("lr", "vae.optim.lr"),
+    "run.allow_change=[vae.weights]": ("vae.weights", "start"),
+    "run.name=../..": ("run.name=../..", "run.out"),
+    "run.name=/tmp/a": ("run.name=/tmp/a", "run.out"),
+    "run.name=..": ("run.name='..'", "folder"),
+    "run.out=README.md/exps": ("run.out=README.md/exps", "no folder"),
     "sit.num_heads=7": ("sit.hidden_size=1152", "multiple of 4 x sit.num_heads=7"),
     "data.latents=cache": ("data.latents=cache", "vae.train=false"),
     "vae.train=false vae.weights=null": ("vae.weights=null", "set vae.weights, or vae.train=true"),

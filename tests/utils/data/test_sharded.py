@@ -1,7 +1,9 @@
 """The resumable writer of sharded arrays, and their reader."""
 
 import json
+import os
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,11 @@ from utils.data.sharded import ShardedFolder, ShardedRows
 
 ROWS = {"pixels": ((2, 3), np.uint8), "latents": ((5,), np.float16)}
 PLAN = {"seed": 1, "weights": {"a": "x", "b": "y"}, "shape": (2, 3)}
+
+
+@dataclass
+class Record:
+    shard: int
 
 
 def folder_at(path: Path, **changes) -> ShardedFolder:
@@ -42,7 +49,7 @@ def test_shards_hold_their_items(tmp_path):
             rows = folder.read(shard, array)
             assert rows.shape == (len(folder.items(shard)), *shape) and rows.dtype == dtype
             assert rows.reshape(len(rows), -1)[:, 0].tolist() == [*folder.items(shard)]
-        assert folder.record(shard) == {"shard": shard}
+        assert folder.record(shard, Record) == Record(shard)
     assert folder.unfinished() == [] and folder.bytes_to_write() == 0
     names = {p.name for p in folder.folder.iterdir()}
     expected = {f"{a}-0000{k}.npy" for a in ROWS for k in range(3)}
@@ -129,7 +136,8 @@ def test_rows_are_read_across_shards_with_few_open_files(tmp_path):
     folder.begin()
     write(folder)
     paths = [folder.file("latents", shard) for shard in range(6)]
-    rows = pickle.loads(pickle.dumps(ShardedRows(paths, [2] * 6, 10, "make it again", 2)))
+    rows = ShardedRows(paths, [2] * 6, ROWS["latents"], "make it again", 2)
+    rows = pickle.loads(pickle.dumps(rows))
     assert len(rows) == 12
     for i in (11, 0, 5, 1, 10):
         assert rows[i].tolist() == [i] * 5 and len(rows._maps) <= 2
@@ -137,5 +145,57 @@ def test_rows_are_read_across_shards_with_few_open_files(tmp_path):
     for i in (12, -1):
         with pytest.raises(IndexError):
             rows[i]
-    with pytest.raises(UserError, match=r"latents-00003\.npy is missing or cut short.*; again"):
-        ShardedRows(paths, [2, 2, 2, 200, 2, 2], 10, "again")
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (lambda p: p.unlink(), "is missing"),
+        (lambda p: (p.unlink(), p.mkdir()), "a folder"),
+        (lambda p: (p.unlink(), os.mkfifo(p)), "a FIFO"),
+        (lambda p: p.write_bytes(b""), "empty"),
+        (lambda p: p.write_text("text"), "a text file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1]), "cut short"),
+        (lambda p: p.write_bytes(p.read_bytes() + b"x"), "expected"),
+        (lambda p: p.write_bytes(p.read_bytes().replace(b"(4, 5)", b"(4, 5")), "no whole .npy"),
+        (lambda p: np.save(p, np.zeros((3, 5), np.float16)), r"\(3, 5\)"),
+        (lambda p: np.save(p, np.zeros((4, 5), np.float32)), "float32"),
+        (lambda p: np.save(p, np.zeros((5, 4), np.float16).T), "Fortran"),
+        (lambda p: np.save(p, np.array([{}], object), allow_pickle=True), "object"),
+    ],
+)
+def test_rows_that_are_not_what_was_written_are_refused(tmp_path, damage, word):
+    folder = folder_at(tmp_path)
+    folder.begin()
+    write(folder)
+    paths = [folder.file("latents", shard) for shard in range(3)]
+    damage(paths[1])
+    with pytest.raises(UserError, match=rf"latents-00001\.npy.*{word}.*; again"):
+        ShardedRows(paths, [4, 4, 3], ROWS["latents"], "again")
+    assert folder.unfinished() == [1]
+
+
+@pytest.mark.parametrize("plan", ["[]", "1", "{", "null", '"x"', "[" * 9999])
+def test_a_plan_that_is_none_is_refused(tmp_path, plan):
+    folder_at(tmp_path).begin()
+    (tmp_path / "plan.json").write_text(plan)
+    with pytest.raises(UserError, match=r"plan\.json .*delete"):
+        folder_at(tmp_path).begin()
+
+
+@pytest.mark.parametrize("record", ["{}", "[]", '{"shard": "1"}', '{"shard": null}'])
+def test_a_record_of_a_shard_that_does_not_fit_is_refused(tmp_path, record):
+    folder = folder_at(tmp_path)
+    folder.begin()
+    write(folder)
+    folder.record_file(1).write_text(record)
+    with pytest.raises(UserError, match=r"shard-00001\.json.*delete"):
+        folder.records(Record)
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    folder = folder_at(tmp_path)
+    folder.begin()
+    (tmp_path / "pixels-00000.tmp").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*pixels-00000\.tmp"):
+        folder.draft(0)

@@ -5,6 +5,8 @@ python -m pytest tests/utils/doctor/test_data.py
 
 import sys
 
+import pytest
+
 from models.vae import build_vae
 from scripts import cache_latents, prepare_data
 
@@ -12,17 +14,19 @@ from scripts import cache_latents, prepare_data
 def test_a_flat_folder_is_one_class(quick, images):
     root = images("flat", {".": 9})
     found = quick("data.source=folder", f"data.path={root}")
-    assert not found.failed and "9 images of one class" in found.only("data")[1]
-    assert "guidance" in found.only("data")[1] and "20 px or more" in found.only("images")[1]
+    (_, text), (status, caution) = found["data"]
+    assert not found.failed and "9 images of 1 class" in text
+    assert status == "warn" and "guidance" in caution
+    assert "20 px or more" in found.only("images")[1]
 
 
 def test_too_few_too_small_and_broken_images(quick, images):
     root = images("own", {"a": 3, "b": 2, "c": 1}, side=12)
     where = ("data.source=folder", f"data.path={root}")
     found = quick(*where)
-    (_, (status, text)) = found["data"]
+    status, text = found.only("data")
     assert status == "FAIL" and "fewer than run.batch_size=8" in text
-    status, text = found.only("images")
+    status, text = quick(*where, "run.batch_size=2").only("images")
     assert status == "warn" and "6 of 6 sampled are smaller than 16 px (down to 12)" in text
     (root / "b" / "1.png").write_bytes(b"no image")
     status, text = quick(*where, "run.batch_size=2", "data.num_classes=3").only("images")
@@ -41,6 +45,7 @@ def test_classes_and_packed_resolution_that_are_not_the_expected_ones(quick, ima
     assert "scripts/prepare_data.py IMAGES /no/packed --resolution 16" in found.only("data")[1]
 
 
+@pytest.mark.slow
 def test_cached_latents_are_joined_and_no_encoder_is_needed(examined, tmp_path, monkeypatch):
     """Those of other images fail; those of these make the encoder needless, and a step smaller."""
     build_vae("tiny-f2d4").save(tmp_path / "vae")

@@ -6,7 +6,7 @@ python -m pytest tests/utils/doctor
 from models.errors import UserError
 from utils.doctor.findings import check, fail, ok
 
-CHECKS = ["packages", "data", "images", "batch", "tokens", "device", "workers", "resume"]
+CHECKS = ["packages", "data", "images", "batch", "resume", "tokens", "device", "workers"]
 CHECKS += ["vae", "encoder", "disc", "disk", "memory"]
 PASSED = {"packages", "device", "workers"}
 

@@ -14,6 +14,7 @@ from utils.doctor import run_folder
 from utils.doctor.run_folder import changed_settings, kept_checkpoints
 
 
+@pytest.mark.slow
 def test_resume_says_where_a_run_continues_and_what_has_changed(quick, tmp_path):
     out = tmp_path / "out"
     assert train_here(out, "run.steps=2") == 0
@@ -26,7 +27,9 @@ def test_resume_says_where_a_run_continues_and_what_has_changed(quick, tmp_path)
     (_, (status, text)) = found["resume"]
     assert not found.failed and status == "warn" and "sit.optim.lr=0.001 (now 0.5)" in text
     found = quick("sit.hidden_size=64")
-    assert found.failed and "do not fit this config" in found.only("resume")[1]
+    assert found.failed and "sit.hidden_size=32 (now 64)" in found["resume"][-1][1]
+    found = quick("sit.hidden_size=64", "run.allow_change=[sit.hidden_size]")
+    assert found.failed and "do not fit this config" in found.only("tokens")[1]
     found = quick("run.resume=never")
     assert found.failed and "choose another run.name" in found.only("resume")[1]
     found = quick("run.name=new", f"run.init_from={out}/tiny/checkpoints/0000002")

@@ -60,6 +60,7 @@ def test_another_file_is_asked_for_without_its_content(tmp_path, monkeypatch):
     assert methods == ["HEAD", "HEAD"]
 
 
+@pytest.mark.slow
 def test_published_weights_that_are_not_here_and_those_in_the_caches(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: 1 / 0)

@@ -94,6 +94,7 @@ def test_a_cache_without_rows_is_completed_when_precision_needs_them(options):
     assert "precision[toy]" in record["metrics"]
 
 
+@pytest.mark.slow
 def test_of_adms_file_distances_use_the_statistics_and_precision_the_images(tmp_path):
     rng = np.random.Generator(np.random.PCG64(0))
     real, fake = textures(30, 1, 16), textures(30, 2, 16)

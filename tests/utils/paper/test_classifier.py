@@ -18,6 +18,7 @@ def train(seed: int, steps: int) -> classifier.Classifier:
     return net
 
 
+@pytest.mark.slow
 def test_it_learns_and_depends_on_the_seed_alone():
     x_u8, y = classifier.read_all("digits", None, 16, "test")
     assert train(0, 30).accuracy(x_u8, y) > 0.3

@@ -4,12 +4,10 @@ python -m pytest tests/utils/paper/test_measured.py
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from utils.config.schema import WITHOUT_EFFECT, Config
 from utils.paper import tables
 from utils.paper.measured import Measured, find_measured, measured_of
 from utils.paper.showing import listing, markdown
@@ -80,14 +78,6 @@ def test_the_settings_of_an_older_version_are_compared_under_their_new_names(mea
     at = lines.index("  diffusion:")
     file.write_text("\n".join([*lines[: at + 1], "    to_vae: false", *lines[at + 1 :]]))
     assert cells(shown(folder), "7/init-400k")[0][3] == ""
-
-
-def test_the_settings_without_effect_exist():
-    """A setting that is not listed counts as a difference, which is the safe side."""
-    sections = asdict(Config())
-    assert set(WITHOUT_EFFECT) <= set(sections)
-    for section, names in WITHOUT_EFFECT.items():
-        assert (names or set()) <= set(sections[section])
 
 
 TIMM = "timm:test_resnet@judge.safetensors#12345678"

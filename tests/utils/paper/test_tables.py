@@ -258,6 +258,7 @@ def test_the_checkpoint_of_every_row_is_kept_and_has_the_reference_of_its_resolu
 
 
 @pytest.mark.parametrize("name", ["7/scratch-100k", "8/sit-e2evavae", "12/repae", "3/clip-l-repa"])
+@pytest.mark.slow
 def test_the_training_command_passes_its_dry_run(name, monkeypatch, capsys):
     words = script_words(tables.commands(ROWS[name])[0])
     monkeypatch.chdir(ROOT)

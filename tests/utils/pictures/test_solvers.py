@@ -29,6 +29,7 @@ def test_every_ode_solver_has_a_curve_that_falls(few_steps):
         assert errors == sorted(errors, reverse=True) and 0 < errors[-1] < errors[0] / 2
 
 
+@pytest.mark.slow
 def test_the_script_draws_both_panels(few_steps, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     sit = SiT(4, 2, 4, hidden_size=32, depth=1, num_heads=2, num_classes=3, encoder_dims=())

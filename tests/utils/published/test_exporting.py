@@ -104,6 +104,7 @@ def test_the_usage_example_of_the_card_runs(exports, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["tiny-f8d4", "tiny-qwen"])  # one of each diffusers class
+@pytest.mark.slow
 def test_measured_statistics_normalise_held_out_digits(tmp_path, name):
     folder = checkpoint(tmp_path / "run", name, stats=False, disc=False)
     images = open_source("digits", None, 32, "train")

@@ -82,6 +82,7 @@ def test_one_set_of_weights_is_both(tmp_path, kept, seed):
     assert "both" in state["source"]["weights"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_vae_finds_the_one_it_names_beside_it(tmp_path):
     torch.save(compvis_vae().state_dict(), tmp_path / "e2e.pt")
     args = namespace(vae_ckpt="/nowhere/pretrained/e2e.pt", path_type="cosine")
@@ -138,6 +139,7 @@ def test_a_variance_head_is_refused_or_dropped(tmp_path):
         assert len(weight) == PATCH * PATCH * 4
 
 
+@pytest.mark.slow
 def test_a_vae_alone_with_the_statistics_beside_it_and_its_discriminator(tmp_path):
     torch.save(compvis_vae().state_dict(), tmp_path / "e2e.pt")
     stats_file(tmp_path / "e2e-latents-stats.pt")

@@ -170,6 +170,48 @@ def test_read_metrics_passes_over_what_is_no_whole_line(tmp_path):
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
 
 
+def test_a_line_that_cannot_be_written_is_said_once_and_the_next_ones_come(tracker, capsys):
+    folder = tracker.path.parent
+    tracker.path = folder / "gone" / "metrics.jsonl"
+    for step in (1, 2):
+        tracker.write(step, {"loss/a": 1.0})
+    assert capsys.readouterr().err.count("not written (No such file or directory") == 1
+    tracker.path.parent.mkdir()
+    tracker.write(3, {"loss/a": 1.0})
+    assert [row["step"] for row in read_metrics(tracker.path)] == [3]
+
+
+def test_a_line_follows_one_that_a_full_disk_has_cut(tracker):
+    tracker.path.write_text('{"step": 1}\n{"ste')
+    tracker.write(3, {"loss/a": 1.0})
+    assert [row["step"] for row in read_metrics(tracker.path)] == [1, 3]
+
+
+def test_a_line_whose_steps_were_trained_by_two_processes_is_the_same(accelerator, tmp_path):
+    """Sums go through a file between two log lines; not a bit is lost."""
+    values, trackers = torch.rand(6, dtype=torch.float64), []
+    for name in ("whole", "first", "second"):
+        (tmp_path / name).mkdir()
+        trackers.append(Tracker(accelerator, tmp_path / name, batch_size=1))
+    whole, first, second = trackers
+    assert not whole.state_dict()
+    for step, value in enumerate(values.tolist()):
+        whole.add(scalars(loss_a=value), step)
+        if step == 4:
+            torch.save(first.state_dict(), tmp_path / "state.pt")
+            second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        (first if step < 4 else second).add(scalars(loss_a=value), step)
+    assert whole.flush(6)["loss/a"] == second.flush(6)["loss/a"]
+
+
+def test_a_bad_loss_is_not_forgotten_by_a_stop(accelerator, tmp_path):
+    first, second = (Tracker(accelerator, tmp_path, batch_size=1) for _ in range(2))
+    first.add(scalars(loss_a=math.nan), 7)
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(NonFiniteError, match="loss/a is not finite at step 7"):
+        second.flush(8)
+
+
 class ThreeRanks:
     """What `Tracker` needs of accelerate, as rank 0 of three: `gather` adds the others' tensors."""
 
