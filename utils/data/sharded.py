@@ -20,7 +20,7 @@ from numpy.lib import format as npy
 from numpy.typing import DTypeLike
 
 from models.errors import UserError, read_json, shown, what_is
-from utils.files import TEXT, format_bytes, locked, read_record, sync, write_json
+from utils.files import format_bytes, locked, read_lines, read_record, sync, write_json
 from utils.records import Record, load_record
 
 PLAN = "plan.json"
@@ -304,7 +304,7 @@ def load_keys(folder: Path, length: int, remedy: str) -> list[str]:
     path = folder / KEYS
     if not os.path.isfile(path):
         raise UserError(f"{path} is {what_is(path)}, expected a text file; {remedy}")
-    keys = path.read_bytes().decode(*TEXT).split("\n")[:-1]
+    keys = read_lines(path)
     if len(keys) != length or len(set(keys)) != length:
         text = f"{path} holds {len(keys)} lines, {len(set(keys))} different ones"
         raise UserError(f"{text}, expected {length}; {remedy}")

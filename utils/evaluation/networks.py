@@ -94,15 +94,6 @@ def load_features(
     return FeatureNet("pixel", "pixel12", False, facts, device, _pixels)
 
 
-def require_weights(spec: str, weights: str | None = None) -> None:
-    """`UserError` unless `load_features` would find its weights on this machine; loads nothing."""
-    family, name, checkpoint = parse_features(spec)
-    if family in PUBLISHED:
-        _published_file(family, weights)
-    elif family == "timm":
-        _timm_weight_file(name, checkpoint).fetch(download=False)
-
-
 def _published_file(
     family: str, path: str | None, sha256: str | None = None, download: bool = False
 ) -> tuple[Path, str]:
