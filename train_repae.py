@@ -54,6 +54,7 @@ from utils.training.networks import Networks, build_networks, restore_networks
 from utils.training.nonfinite import LeftOutSteps, NonFiniteError, spatial_variance
 from utils.training.online_evaluation import OnlineEvaluation
 from utils.training.periodic import NotSavedError, PeriodicTasks, unfinished
+from utils.training.phases import phase
 from utils.training.plan import Start, changes_since, open_checked, print_plan
 from utils.training.trained_network import only_training
 
@@ -102,17 +103,19 @@ def train_step(
         z = encode_frozen(nets, batches)
     metrics |= sit_phase(nets, batches, z.detach(), loss, joint_step)
     decay = ema_decay(joint_step, config.ema.decay, config.ema.warmup)
-    nets.update_ema(decay, nets.trained["sit"].left_out)
+    with phase("optimizer"):
+        nets.update_ema(decay, nets.trained["sit"].left_out)
     return metrics
 
 
 @torch.no_grad()
 def with_targets(nets: Networks, batch: Batch, spatial_norm: float) -> Batch:
     """Compute the encoders' patch features, the targets of the alignment loss, unless cached."""
-    with nets.autocast():
-        feats = batch.feats or [encoder(batch.x) for encoder in nets.encoders]
-    if spatial_norm:
-        feats = [spatial_normalize(f, spatial_norm) for f in feats]
+    with phase("encoder"):
+        with nets.autocast():
+            feats = batch.feats or [encoder(batch.x) for encoder in nets.encoders]
+        if spatial_norm:
+            feats = [spatial_normalize(f, spatial_norm) for f in feats]
     return replace(batch, feats=feats)
 
 
@@ -126,11 +129,14 @@ def vae_phase(
     nets.sit.eval()
     with only_training(trained):
         for batch in trained.micro_batches(batches):
-            with nets.autocast():
+            with phase("vae_forward"), nets.autocast():
                 posterior, z, x_hat = trained.ddp(batch.x, batch.draws.posterior_noise)
-            terms = regularization_terms(nets, batch.x, x_hat, posterior, loss.reg, step)
-            terms |= terms_through_sit(nets, batch, z, loss)
-            trained.backward(averages.add_losses(terms))
+            with phase("reconstruction_losses"):
+                terms = regularization_terms(nets, batch.x, x_hat, posterior, loss.reg, step)
+            with phase("alignment"):
+                terms |= terms_through_sit(nets, batch, z, loss)
+            with phase("vae_backward"):
+                trained.backward(averages.add_losses(terms))
             outputs.append((z.detach(), x_hat.detach()))  # the graph of this micro-batch is freed
     z, x_hat = (torch.cat(parts) for parts in zip(*outputs))
     metrics = averages.metrics("vae") | {"vae/latent_variance": spatial_variance(z)}
@@ -174,7 +180,7 @@ def discriminator_phase(
     """The discriminator learns to tell images from their reconstructions; in float32."""
     trained, averages = nets.trained["disc"], MetricAverages(len(batches))
     pairs = list(zip(batches, x_hat.chunk(len(batches))))
-    with only_training(trained):
+    with only_training(trained), phase("discriminator"):
         for batch, fakes in trained.micro_batches(pairs):
             real, fake = trained.ddp(batch.x, fakes.float())  # logits
             terms = {name: (1.0, v) for name, v in gan.discriminator_terms(real, fake).items()}
@@ -198,8 +204,9 @@ def sit_phase(
     trained, averages = nets.trained["sit"], MetricAverages(len(batches))
     # batch statistics in the latent norm: they fit the latents of now, and move the running ones
     nets.sit.train()
-    pairs = list(zip(batches, nets.sit.normalize(z).chunk(len(batches))))
-    with only_training(trained):
+    with phase("sit"):
+        pairs = list(zip(batches, nets.sit.normalize(z).chunk(len(batches))))
+    with only_training(trained), phase("sit"):
         for batch, z_n in trained.micro_batches(pairs):
             d = batch.draws
             x_t, v = interpolate(z_n, d.eps, d.t, loss.diffusion.path)
@@ -225,7 +232,7 @@ def encode_frozen(nets: Networks, batches: list[Batch]) -> Tensor:
     latents = []
     for batch in batches:
         if batch.posterior is None:
-            with nets.autocast():
+            with phase("vae_forward"), nets.autocast():
                 posterior = nets.vae.encode(batch.x)
             mean, std = posterior.mean, posterior.std
         else:
@@ -237,7 +244,7 @@ def encode_frozen(nets: Networks, batches: list[Batch]) -> Tensor:
 @torch.no_grad()
 def reconstruct(nets: Networks, batches: list[Batch]) -> Tensor:
     """Reconstructions by the initial VAE, for the steps in which the discriminator trains alone."""
-    with nets.autocast():
+    with phase("vae_forward"), nets.autocast():
         outputs = [nets.vae(batch.x, batch.draws.posterior_noise) for batch in batches]
     return torch.cat([x_hat for _, _, x_hat in outputs])
 
@@ -330,7 +337,7 @@ def run_steps(
 
     for step, batch in left_out.batches(tracker.timed(loader), first, run.steps):
         if batch is not None:
-            x, y, cached = to_device(batch, accelerator.device, run.channels_last)
+            x, y, cached = to_device(batch, accelerator.device, nets.channels_last)
             tracker.add(train_step(nets, x, y, draws(step=step), config, step, cached), step)
         bar.update()
         if loader.error:

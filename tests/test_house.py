@@ -25,7 +25,10 @@ FLOORS = (
     ("utils/config",),
     ("utils/data",),
     ("utils/sampling", "utils/evaluation", "utils/pictures"),
-    ("utils/training", "utils/doctor", "utils/paper", "utils/published"),
+    (
+        *("utils/training", "utils/cost", "utils/benchmark"),
+        *("utils/doctor", "utils/paper", "utils/published"),
+    ),
     (".",),
     ("scripts",),
 )

@@ -21,10 +21,17 @@ from utils.sealed import STATE, read_state_json
 
 # The file in a run's folder that holds its settings.
 CONFIG_FILE = "config.yaml"
-# Settings that have another name now. `load_config` refuses them, but for the flag, which has
-# become a weight: false and true are read as 0 and 1.
-FLAG = "loss.diffusion.to_vae"
-RENAMED = {"disc.alone_steps": "disc.pretrain_steps", FLAG: "loss.diffusion.vae"}
+# Settings that have another name now. `load_config` refuses them, but for flags, whose values have
+# other words in their successors.
+RENAMED = {
+    "disc.alone_steps": "disc.pretrain_steps",
+    "loss.diffusion.to_vae": "loss.diffusion.vae",
+    "run.gradient_checkpointing": "run.checkpointing",
+}
+FLAGS = {
+    "loss.diffusion.to_vae": {"true": "1.0", "false": "0.0"},
+    "run.gradient_checkpointing": {"true": "both", "false": "none"},
+}
 SETTINGS: dict[str, Field] = {name: declared for name, declared, _ in all_settings(Config())}
 SECTIONS = {name.rsplit(".", n)[0] for name in SETTINGS for n in range(1, name.count(".") + 1)}
 
@@ -173,11 +180,10 @@ def _renamed(layer: Layer, old_names: bool) -> Layer:
         node = layer.pop(old)
         if new in layer:
             raise UserError(f"{old} is the old name of {new}, which is given too: remove one")
-        if old == FLAG:
-            weights = {"true": "1.0", "false": "0.0"}
-            if show(node) not in weights:
-                raise UserError(f"{old}={show(node)}: use the weight {new} instead of the flag")
-            node = ScalarNode(node.tag, weights[show(node)])
+        if words := FLAGS.get(old):
+            if show(node) not in words:
+                raise UserError(f"{old}={show(node)}: use {new} instead of the flag")
+            node = ScalarNode(node.tag, words[show(node)])
         elif not old_names:
             raise UserError(f"{old} is now called {new}: rename it")
         layer[new] = node

@@ -71,12 +71,19 @@ class RunConfig:
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     # true = allow TF32 in the float32 operations that remain, on GPUs that have it.
     tf32: bool = True
-    # true = compile the SiT, the VAE and the discriminator with torch.compile.
+    # true = compile every network, frozen ones included, with torch.compile.
     compile: bool = False
-    # true = recompute the activations of the SiT and the VAE: needs less memory, and is slower.
-    gradient_checkpointing: bool = False
-    # true = channels-last (NHWC) convolutions in the VAE, the discriminator and LPIPS.
-    channels_last: bool = False
+    # reduce-overhead = replay CUDA graphs, which helps networks too small to fill the GPU.
+    compile_mode: Literal["default", "reduce-overhead"] = "default"
+    # Networks whose activations are computed again in the backward pass: less memory, and slower.
+    checkpointing: Literal["none", "vae", "sit", "both"] = "none"
+    # true = channels-last (NHWC) convolutions in the VAE, the discriminator and LPIPS. null = on
+    # GPUs alone.
+    channels_last: bool | None = None
+    # Number format of LPIPS: tf32 (float32 where run.tf32=false), or fp16 with a loss scale.
+    lpips_precision: Literal["tf32", "fp16"] = "tf32"
+    # true = each rank keeps a share of the optimizers' state; checkpoints are the same.
+    shard_optimizer: bool = False
     # auto = continue from this run's newest complete checkpoint; never; or a checkpoint folder.
     resume: str = path_or("auto")
     # Checkpoint folder whose weights a new run starts with. null = none. vae.name is then that of

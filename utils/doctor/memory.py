@@ -54,10 +54,10 @@ def remedy(
     """Settings with which a step fits into `free` bytes, tried out on the estimate."""
     if k := found.accumulation_that_fits(rank_batch, free):
         return f"set run.accumulation={k} ({format_bytes(found.peak(rank_batch, k) + RESERVE)})"
-    thrifty = replace(c, run=replace(c.run, gradient_checkpointing=True))
+    thrifty = replace(c, run=replace(c.run, checkpointing="both"))
     less = estimate(thrifty, skeleton(thrifty, num_classes), train_step)
     if k := less.accumulation_that_fits(rank_batch, free):
         size = format_bytes(less.peak(rank_batch, k) + RESERVE)
-        return f"set run.gradient_checkpointing=true run.accumulation={k} ({size})"
+        return f"set run.checkpointing=both run.accumulation={k} ({size})"
     least = format_bytes(less.peak(rank_batch, rank_batch) + RESERVE)
     return f"even one image at a time with checkpointing needs {least}: take a smaller sit.size"

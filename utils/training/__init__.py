@@ -11,5 +11,6 @@ periodic.py           what happens between steps: log line, checkpoint, preview,
 preview.py            pictures of samples and reconstructions
 online_evaluation.py  small evaluations of the EMA weights
 plan.py               what --dry-run prints
+phases.py             named ranges of the step, for profilers, counters and clocks
 cost.py               memory of a step, measured on fake tensors
 """

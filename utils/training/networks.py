@@ -50,6 +50,7 @@ class Networks:
     update_ema: EmaUpdate = field(init=False)
     trained: dict[str, TrainedNetwork] = field(default_factory=dict)
     precision: str = "fp32"
+    channels_last: bool = False  # whether convolutions work on NHWC memory
 
     def autocast(self) -> torch.autocast:
         """Mixed precision, for forwards only."""
@@ -261,11 +262,14 @@ def initial_latent_stats(c: Config, vae: VAE, source: Source, cache: LatentCache
 
 def prepare_for_training(nets: Networks, c: Config, accelerator: Accelerator) -> None:
     """Memory format, checkpointing, compilation, and a `TrainedNetwork` for each that trains."""
-    if c.run.channels_last:
+    on_gpu = accelerator.device.type == "cuda"
+    nets.channels_last = on_gpu if c.run.channels_last is None else c.run.channels_last
+    if nets.channels_last:
         for net in filter(None, (nets.vae, nets.disc, nets.lpips)):
             _to_channels_last(net)
-    if c.run.gradient_checkpointing:
+    if c.run.checkpointing in ("sit", "both"):
         nets.sit.enable_gradient_checkpointing()
+    if c.run.checkpointing in ("vae", "both"):
         nets.vae.enable_gradient_checkpointing()
     if c.run.compile:
         for net in filter(None, (nets.vae, nets.sit, nets.disc)):

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from utils.config.schema import OptimConfig
 from utils.training.nonfinite import SkippedUpdates, UpdateGuard
+from utils.training.phases import phase
 
 
 class TrainedNetwork:
@@ -74,6 +75,10 @@ class TrainedNetwork:
     def step(self, step: int) -> torch.Tensor:
         """Clip this network's gradients and update it as optimizer step `step` (0-based, for the
         warm-up); return the norm of the gradients before clipping."""
+        with phase("optimizer"):
+            return self._step(step)
+
+    def _step(self, step: int) -> torch.Tensor:
         self.scaler.unscale_(self.opt)
         grads = [p.grad for p in self.params if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)

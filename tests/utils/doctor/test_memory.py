@@ -24,7 +24,7 @@ PLANTED = {
 @pytest.fixture
 def checked(monkeypatch):
     """Check 64 images of a rank against so many bytes => (status, text)."""
-    monkeypatch.setattr(memory, "estimate", lambda c, *_: PLANTED[c.run.gradient_checkpointing])
+    monkeypatch.setattr(memory, "estimate", lambda c, *_: PLANTED[c.run.checkpointing == "both"])
     monkeypatch.setattr(memory, "skeleton", lambda *_: None)
     nets = SimpleNamespace(sit=SimpleNamespace(config=SimpleNamespace(num_classes=10)))
 
@@ -49,8 +49,8 @@ def test_too_little_gpu_memory_and_the_advice_that_helps(checked):
 def test_checkpointing_is_advised_where_micro_batches_do_not_suffice(checked):
     short = PLANTED[False].peak(64, 64) - 1 + RESERVE
     status, text = checked(short)
-    advice = re.search(r"set (run\.\w+=true) (run\.\w+=\d+) ", text).groups()
-    assert status == "FAIL" and advice[0] == "run.gradient_checkpointing=true"
+    advice = re.search(r"set (run\.\w+=both) (run\.\w+=\d+) ", text).groups()
+    assert status == "FAIL" and advice[0] == "run.checkpointing=both"
     assert checked(short, *advice)[0] != "FAIL"
 
 

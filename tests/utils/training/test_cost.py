@@ -78,7 +78,7 @@ def test_twice_the_images_need_twice_the_activations(plain):
 
 
 LESS = {
-    "run.gradient_checkpointing=true": 0.8,
+    "run.checkpointing=both": 0.8,
     "vae.train=false vae.weights=hub": 0.3,
     "run.precision=bf16": 0.85,
     "data.resolution=8 encoder.grid=2 disc.layers=1": 0.3,
@@ -96,7 +96,7 @@ def test_checkpointing_keeps_a_blocks_input_and_computes_one_block_again():
     wide = ("vae.train=false", "vae.weights=hub", "sit.hidden_size=256", "loss.align.sit=0")
     plain, again = (
         [per_image(estimated(*wide, "loss.align.vae=0", f"sit.depth={n}", flag)) for n in (4, 6)]
-        for flag in ("run.accumulation=1", "run.gradient_checkpointing=true")
+        for flag in ("run.accumulation=1", "run.checkpointing=both")
     )
     tokens = FLOAT * 16 * 256  # 4 x 4 tokens of width 256
     assert again[1] - again[0] == 2 * tokens
@@ -149,7 +149,7 @@ EVERY_KIND = [
     "encoder.names=[timm:test_resnet/16,timm:test_vit] encoder.weights=[random,random] "
     "sit.projector=conv loss.align.spatial_norm=0.6 sit.qk_norm=true",
     pytest.param(
-        "vae.name=tiny-qwen encoder.grid=1 run.gradient_checkpointing=true run.precision=fp16",
+        "vae.name=tiny-qwen encoder.grid=1 run.checkpointing=both run.precision=fp16",
         marks=pytest.mark.slow,
     ),
     "run.compile=true run.channels_last=true run.accumulation=4 loss.reg.gan=0",

@@ -1,0 +1,1 @@
+"""What a step costs, measured on the device at hand."""
