@@ -40,6 +40,7 @@ from loss.diffusion import velocity_loss
 from loss.interpolant import interpolate
 from utils import distributed
 from utils.checkpoint import Checkpoints, find_start
+from utils.compilation import begin_step
 from utils.config import Config, load_config
 from utils.config.schema import LossConfig, RegConfig, per_rank_batch
 from utils.data.base import Source
@@ -88,6 +89,8 @@ def train_step(
                                                                       labels dropped
     """
     loss, metrics = config.loss, {}
+    if nets.cuda_graphs:
+        begin_step()
     batches = make_batch(x, y, draws, cached, config.data.hflip).split(config.run.accumulation)
     if step < config.disc.pretrain_steps:
         x_hat = reconstruct(nets, batches)
@@ -232,7 +235,7 @@ def encode_frozen(nets: Networks, batches: list[Batch]) -> Tensor:
     latents = []
     for batch in batches:
         if batch.posterior is None:
-            with phase("vae_forward"), nets.autocast():
+            with phase("vae_forward"):  # in float32, as for a cache and for sampling
                 posterior = nets.vae.encode(batch.x)
             mean, std = posterior.mean, posterior.std
         else:

@@ -31,4 +31,28 @@ def perceptual_loss(
     `double_scaling` maps the images from [-1, 1] to [-3, 1], as the published runs did by mistake;
     it is only for reproducing them.
     """
-    return net(x_hat.float(), x.float(), normalize=double_scaling).mean()
+
+    def distance(x_hat: torch.Tensor) -> torch.Tensor:
+        return net(x_hat, x.float(), normalize=double_scaling).mean()
+
+    if not (torch.is_grad_enabled() and x_hat.requires_grad):
+        return distance(x_hat.float())
+    return _GradientAtOnce.apply(x_hat.float(), distance)
+
+
+class _GradientAtOnce(torch.autograd.Function):
+    """A scalar function of images whose gradient is found together with its value: the activations
+    of a large network are released before the next one runs. They would wait for the backward pass
+    beside those of the VAE and the SiT."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, function: Callable) -> torch.Tensor:  # pyright: ignore
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            value = function(leaf)
+        ctx.save_for_backward(*torch.autograd.grad(value, leaf))
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad * ctx.saved_tensors[0], None

@@ -3,6 +3,7 @@
 discriminator.py  PatchGAN, the discriminator of the VAE's reconstructions
 encoders.py       frozen vision encoders: their table, and how a file of theirs is loaded
 errors.py         UserError: a mistake that the user can mend
+layers/           norms and convolutions in the right number format under autocast
 latent_norm.py    the batch norm of latents, and batch norm over all ranks
 lpips.py          LPIPS with VGG-16
 projector.py      from SiT tokens to encoder features: MLP (REPA) or convolution (iREPA)

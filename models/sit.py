@@ -21,6 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from models.errors import UserError, shown
 from models.latent_norm import LatentNorm
+from models.layers.autocast import LayerNorm, add_gated, modulate
 from models.projector import build_projector
 from models.weights import (
     CONFIG,
@@ -105,20 +106,15 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
 
 
-def modulate(h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Scale and shift tokens h (N, T, D) by shift and scale (N, D): zeros change nothing."""
-    return h * (1 + scale[:, None]) + shift[:, None]
-
-
 class Block(nn.Module):
     """adaLN-zero block, (N, T, D) and c (N, D) => (N, T, D): attention and MLP, each with scale,
     shift and gate computed from the condition c."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm1 = LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads, qk_norm)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm2 = LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
@@ -126,8 +122,9 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(
             6, dim=1
         )
-        h = h + gate_a[:, None] * self.attn(modulate(self.norm1(h), shift_a, scale_a))
-        return h + gate_m[:, None] * self.mlp(modulate(self.norm2(h), shift_m, scale_m))
+        attn = self.attn(modulate(self.norm1(h), shift_a, scale_a))
+        h = add_gated(h, gate_a, attn)
+        return add_gated(h, gate_m, self.mlp(modulate(self.norm2(h), shift_m, scale_m)))
 
 
 class FinalLayer(nn.Module):
@@ -135,7 +132,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
@@ -210,7 +207,8 @@ class SiT(ModelMixin, ConfigMixin):
 
         With `stop_at_align` only blocks 1..align_depth and the projectors run, and v is None.
         """
-        h = self.x_embedder(x_t) + self.pos_embed  # (N, T, D)
+        h = self.x_embedder(x_t)
+        h = h + self.pos_embed.to(h.dtype)  # (N, T, D), in half precision under autocast
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         projected = []
         for number, block in enumerate(self.blocks, start=1):

@@ -47,7 +47,7 @@ class VAE(nn.Module):
     """One diffusers autoencoder, `net`, and the adapter of its class, `family`.
 
     This module is what DDP wraps: its `forward` returns all that the losses need. Posterior and
-    images are float32 also under autocast.
+    images are float32 also under autocast, and computed so (models/layers/).
     """
 
     net: Any  # one of diffusers' classes
@@ -56,6 +56,7 @@ class VAE(nn.Module):
         super().__init__()
         self.net = net
         self.family = FAMILIES[type(net).__name__]
+        self.family.prepare(net)
         self._recompute_halves = False
         for name, parameter in net.named_parameters():
             # DDP waits for the gradient of every parameter that is trainable when it wraps

@@ -35,6 +35,11 @@ class VAEFamily(ABC):
     unused_parameters: tuple[str, ...] = ()
 
     @abstractmethod
+    def prepare(self, net: Any) -> None:
+        """Exchange layers, in place, so that the network is fast and exact under autocast; the
+        numbers without autocast stay."""
+
+    @abstractmethod
     def encode(self, net: Any, x: Tensor) -> Tensor:
         """Images => moments."""
 
@@ -57,6 +62,11 @@ class KLFamily(VAEFamily):
     # SDXL's pipeline multiplies by scaling_factor also where it knows the statistics
     saved_with_stats: ClassVar = {"scaling_factor": 1.0, "shift_factor": 0.0}
 
+    def prepare(self, net: Any) -> None:
+        from models.layers.kl_blocks import prepare
+
+        prepare(net)
+
     def encode(self, net: Any, x: Tensor) -> Tensor:
         h = net.encoder(x)
         return net.quant_conv(h) if net.quant_conv is not None else h
@@ -73,6 +83,13 @@ class QwenFamily(VAEFamily):
     stats_shape = (1, -1, 1, 1, 1)
     # the temporal resampling
     unused_parameters = ("time_conv",)
+
+    def prepare(self, net: Any) -> None:
+        from models.layers.autocast import leave_autocast
+
+        ends = (net.encoder.conv_out, net.quant_conv, net.post_quant_conv, net.decoder.conv_out)
+        for layer in ends:
+            leave_autocast(layer)
 
     def encode(self, net: Any, x: Tensor) -> Tensor:
         return net.quant_conv(net.encoder(x.unsqueeze(2))).squeeze(2)

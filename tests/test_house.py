@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the lowest floor to the highest. A file imports from lower floors, from its own folder, and
 # from other folders of its own floor as long as this closes no circle.
 FLOORS = (
-    ("models", "loss"),
+    ("models", "models/layers", "loss"),
     ("utils/process",),
     ("utils",),
     ("utils/config",),
