@@ -1,13 +1,17 @@
 """Batch normalisation whose moments belong to the joint batch of all ranks, on CPU and GPU alike.
 
-`torch.nn.SyncBatchNorm` refuses CPU tensors, so a run on CPU ranks could never be tested with it.
+Not `torch.nn.SyncBatchNorm`: it refuses CPU tensors, so a run on CPU ranks could never be tested
+with it; and it filters empty ranks by a mask, for which the host waits for the GPU in every forward
+and torch.compile breaks the graph. The collectives here are functional ones, which compile.
 N batch, C channels, h w latent grid.
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed import _functional_collectives as collectives
 
 
 class JointBatchNorm2d(nn.BatchNorm2d):
@@ -26,8 +30,8 @@ class JointBatchNorm2d(nn.BatchNorm2d):
         """(N, C, H, W) => (N, C, H, W), by batch moments in train mode, else by running ones."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
-        # torch types its decorator as if it returned another decorator
-        mean, var, count = joint_moments(x)  # pyright: ignore
+        mean, var = joint_moments(x)
+        count = dist.get_world_size() * x.numel() / x.shape[1]  # values of one channel
         self._update_running(mean.detach(), var.detach() * count / (count - 1))
         x = (x - mean[:, None, None]) * (var[:, None, None] + self.eps).rsqrt()
         if self.affine:
@@ -41,18 +45,45 @@ class JointBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(unbiased_var, self.momentum)
 
 
-@torch.compiler.disable  # collectives inside a graph would be traced as one rank sees them
-def joint_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+def joint_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, C, H, W) on every rank, the same N on each => mean (C,) and biased variance (C,) over the
-    images of all ranks, and the number of values of one channel.
+    images of all ranks."""
+    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    return _JointMoments.apply(torch.stack([mean, var])).unbind()
 
-    Two reductions, not one of (sum, sum of squares): the difference of squares has no correct
-    digits left where the variance is much smaller than the squared mean.
+
+class _JointMoments(torch.autograd.Function):
+    """Mean and biased variance of each rank, (2, C) => those of the joint batch, (2, C).
+
+    mean = average of mean_k, var = average of var_k + (mean_k - mean)^2 over ranks k: exact also
+    where the variance is much smaller than the squared mean, unlike a difference of joint sums.
+    One collective each way. In a backward that DDP shares, the order of collectives is that of
+    autograd, which is the same on every rank, as for `SyncBatchNorm`.
     """
-    ranks = dist.get_world_size()
-    mean = all_reduce(x.mean(dim=(0, 2, 3))) / ranks
-    var = all_reduce((x - mean[:, None, None]).square().mean(dim=(0, 2, 3))) / ranks
-    return mean, var, ranks * x.numel() / x.shape[1]
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor) -> torch.Tensor:
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        # a sum in which each rank fills its own row: gathering has another name in each torch
+        rows = own.new_zeros(ranks, *own.shape)
+        rows[rank] = own
+        means, variances = _sum_over_ranks(rows).unbind(1)
+        mean = means.mean(dim=0)
+        ctx.save_for_backward(own[0] - mean)
+        return torch.stack([mean, (variances + (means - mean).square()).mean(dim=0)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        """The loss of every rank depends on the moments of each."""
+        (deviation,) = ctx.saved_tensors
+        grad_mean, grad_var = (_sum_over_ranks(grad) / dist.get_world_size()).unbind()
+        return torch.stack([grad_mean + 2 * deviation * grad_var, grad_var])
+
+
+def _sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    group: Any = dist.group.WORLD  # torch types it as if there might be none
+    total = collectives.all_reduce(x.contiguous(), "sum", group)
+    return collectives.wait_tensor(total)
 
 
 class LatentNorm(JointBatchNorm2d):

@@ -21,7 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from models.errors import UserError, shown
 from models.latent_norm import LatentNorm
-from models.layers.autocast import LayerNorm, add_gated, modulate
+from models.layers.autocast import LayerNorm, add_gated, at_least_float32, half_weights, modulate
 from models.projector import build_projector
 from models.weights import (
     CONFIG,
@@ -119,12 +119,11 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(
-            6, dim=1
-        )
-        attn = self.attn(modulate(self.norm1(h), shift_a, scale_a))
-        h = add_gated(h, gate_a, attn)
-        return add_gated(h, gate_m, self.mlp(modulate(self.norm2(h), shift_m, scale_m)))
+        with half_weights(self, h):
+            modulation = at_least_float32(self.adaLN_modulation(c)).chunk(6, dim=1)
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+            h = add_gated(h, gate_a, self.attn(modulate(self.norm1(h), shift_a, scale_a)))
+            return add_gated(h, gate_m, self.mlp(modulate(self.norm2(h), shift_m, scale_m)))
 
 
 class FinalLayer(nn.Module):
@@ -137,7 +136,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = at_least_float32(self.adaLN_modulation(c)).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(h), shift, scale))
 
 

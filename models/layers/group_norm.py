@@ -27,7 +27,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if input.is_cuda and input.dtype != torch.float64 and not torch.compiler.is_compiling():
             settings = (self.num_groups, self.eps, self.silu)
-            return group_norm_silu(input, self.weight, self.bias, *settings)[0]
+            return _GroupNormSiLU.apply(input, self.weight, self.bias, *settings)
         # torch.compile fuses these, and the CPU's own kernels take half input and float32 weights
         y = super().forward(input)
         return (F.silu(y) if self.silu else y).to(input.dtype)
@@ -97,17 +97,20 @@ def _(dy, x, mean, rstd, weight, bias, groups: int, silu: bool):
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
-def _keep_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, ctx.groups, _, ctx.silu = inputs
-    ctx.save_for_backward(x, *output[1:], weight, bias)
+class _GroupNormSiLU(torch.autograd.Function):
+    """y of `group_norm_silu`; keeps no tensor of the size of y for the backward pass but x."""
 
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups: int, eps: float, silu: bool):  # pyright: ignore
+        y, mean, rstd = group_norm_silu(x, weight, bias, groups, eps, silu)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.groups, ctx.silu = groups, silu
+        return y
 
-def _gradients(ctx, dy: Tensor, *_: Tensor | None) -> tuple:
-    grads = group_norm_silu_backward(dy, *ctx.saved_tensors, ctx.groups, ctx.silu)
-    return (*grads, None, None, None)
-
-
-group_norm_silu.register_autograd(_gradients, setup_context=_keep_for_backward)
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grads = group_norm_silu_backward(dy, *ctx.saved_tensors, ctx.groups, ctx.silu)
+        return *grads, None, None, None
 
 
 # --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch.nn as nn
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
-from models.layers.autocast import leave_autocast
+from models.layers.autocast import half_weights, leave_autocast
 from models.layers.group_norm import GroupNorm, GroupNormSiLU
 
 
@@ -19,10 +19,11 @@ class ResnetBlock(ResnetBlock2D):
     scale of 1."""
 
     def forward(self, input_tensor: Tensor, temb: None = None, *args: Any) -> Tensor:
-        h = self.conv1(self.norm1(input_tensor))
-        h = self.conv2(self.dropout(self.norm2(h)))
-        skip = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        return skip + h
+        with half_weights(self, input_tensor):
+            h = self.conv1(self.norm1(input_tensor))
+            h = self.conv2(self.dropout(self.norm2(h)))
+            skip = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+            return skip + h
 
 
 def prepare(net: Any) -> None:

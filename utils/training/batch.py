@@ -72,7 +72,8 @@ class MetricAverages:
         """{name: (weight, value)} of one micro-batch => its share of the loss to differentiate."""
         self._average(self.losses, {name: value for name, (_, value) in terms.items()})
         first, *others = (weight * value for weight, value in terms.values())
-        return sum(others, start=first) / self.num
+        loss = sum(others, start=first)
+        return loss if self.num == 1 else loss / self.num
 
     def add(self, **values: Tensor) -> None:
         """Average values that are logged, but are no loss."""
@@ -80,7 +81,8 @@ class MetricAverages:
 
     def _average(self, means: dict, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            means[name] = means.get(name, 0.0) + value.detach() / self.num
+            share = value.detach() if self.num == 1 else value.detach() / self.num
+            means[name] = means[name] + share if name in means else share
 
     def metrics(self, phase: str) -> dict[str, Tensor]:
         """{"loss/PHASE/NAME": unweighted mean, "PHASE/NAME": mean of what is no loss}."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from models.layers.autocast import LayerNorm, add_gated, leave_autocast, modulate
+from models.layers.autocast import LayerNorm, add_gated, cast_weights, leave_autocast, modulate
 from models.sit import SiT
 
 
@@ -16,8 +16,8 @@ def test_modulation_of_half_tokens_is_the_formula_and_so_are_its_gradients():
     torch.manual_seed(0)
     h, shift, scale = torch.randn(2, 16, 32).bfloat16(), torch.randn(2, 32), torch.randn(2, 32)
     grad = torch.randn(2, 16, 32).bfloat16()
-    half = [t.clone().requires_grad_() for t in (h, shift.bfloat16(), scale.bfloat16())]
-    exact = [t.double().requires_grad_() for t in (h, shift.bfloat16(), scale.bfloat16())]
+    half = [t.clone().requires_grad_() for t in (h, shift, scale)]
+    exact = [t.double().requires_grad_() for t in (h, shift, scale)]
     found, wanted = modulate(*half), exact[0] * (1 + exact[2][:, None]) + exact[1][:, None]
     assert found.dtype == torch.bfloat16 and relative(found, wanted) < 3e-3
     found.backward(grad)
@@ -36,9 +36,32 @@ def test_norm_and_residual_keep_the_format_under_autocast():
     h = torch.randn(2, 4, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert LayerNorm(8, elementwise_affine=False)(h).dtype == torch.bfloat16
-    assert add_gated(h, torch.ones(2, 8).bfloat16(), h).dtype == torch.bfloat16
+    assert torch.equal(add_gated(h, torch.ones(2, 8), h), 2 * h)
     exact = torch.randn(2, 4, 8, dtype=torch.float64)
     assert torch.equal(add_gated(exact, exact[:, 0], exact), exact + exact[:, :1] * exact)
+
+
+def test_weights_cast_together_are_those_of_autocast_and_so_are_their_gradients():
+    net, x = (
+        nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 4, bias=False)),
+        torch.randn(3, 8),
+    )
+    leave_autocast(net[2])
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = net(x)
+        exact = torch.autograd.grad(wanted.float().sum(), list(net.parameters()))
+        with cast_weights(net, torch.bfloat16):
+            assert net[0].weight.dtype == torch.bfloat16 and net[2].weight.dtype == torch.float32
+            found = net(x)
+        with pytest.raises(ZeroDivisionError), cast_weights(net, torch.bfloat16):
+            raise ZeroDivisionError
+    assert all(isinstance(p, nn.Parameter) for p in net.parameters())
+    assert torch.equal(found, wanted)
+    for a, b in zip(torch.autograd.grad(found.float().sum(), list(net.parameters())), exact):
+        torch.testing.assert_close(a, b, rtol=0.01, atol=0.01)
+    net[0].requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16), cast_weights(net, torch.bfloat16):
+        assert not net[0](x).requires_grad
 
 
 def test_a_layer_that_leaves_autocast_keeps_its_parameters():
