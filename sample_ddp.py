@@ -42,15 +42,16 @@ from tqdm import tqdm
 from models.sit import SiT
 from models.vae import VAE
 from utils.distributed import Ranks
-from utils.sampling.images import draw_images
-from utils.sampling.load import check_balance, load_networks, open_checkpoint
+from utils.sampling.background import BackgroundWriter
+from utils.sampling.images import begin_images
+from utils.sampling.load import check_balance, load_networks, open_checkpoint, settings_for
 from utils.sampling.output import SampleFiles
 
 
 def main() -> None:
     args = parse_args()
     ranks = Ranks()
-    files, todo = ranks.on_main(lambda: prepare(args))
+    files, todo = ranks.on_main(lambda: prepare(args, ranks.device))
     if files is None:
         return
     load = partial(load_networks, args.checkpoint, files.checkpoint.settings, ranks.device)
@@ -64,9 +65,10 @@ def main() -> None:
         print(f"{args.out}: {args.num_samples} images")
 
 
-def prepare(args: argparse.Namespace) -> tuple[SampleFiles | None, list[int]]:
+def prepare(args: argparse.Namespace, device: torch.device) -> tuple[SampleFiles | None, list[int]]:
     """The files to write and the blocks of them still to be made; no files if nothing is to do."""
-    checkpoint = open_checkpoint(args.checkpoint, SamplingSettings.from_args(args))
+    settings = settings_for(device, SamplingSettings.from_args(args))
+    checkpoint = open_checkpoint(args.checkpoint, settings)
     check_balance(checkpoint.settings, args.num_samples, checkpoint.num_classes)
     files = SampleFiles(args.out, checkpoint, args.num_samples)
     done = files.is_done()
@@ -86,7 +88,7 @@ def prepare(args: argparse.Namespace) -> tuple[SampleFiles | None, list[int]]:
 def make_blocks(
     files: SampleFiles, nets: tuple[SiT, VAE] | None, todo: list[int], ranks: Ranks
 ) -> None:
-    """Sample this rank's share of the blocks in `todo`."""
+    """Sample this rank's share of the blocks in `todo`; each is written while the next is made."""
     if nets is None:  # all blocks are there already
         return
     left = count_images(files, todo)
@@ -98,11 +100,11 @@ def make_blocks(
         """The other ranks are about as far as the main one, which shows the bar."""
         bar.update(min(num * ranks.world, bar.total - bar.n))
 
-    for block in todo[ranks.rank :: ranks.world]:
-        indices = files.blocks.items(block)
-        settings = files.checkpoint.settings
-        images = draw_images(settings, *nets, indices, ranks.device, advance)
-        files.write(block, images)
+    with BackgroundWriter(files.write) as writer:
+        for block in todo[ranks.rank :: ranks.world]:
+            indices = files.blocks.items(block)
+            settings = files.checkpoint.settings
+            writer.put(block, begin_images(settings, *nets, indices, ranks.device, advance))
     bar.close()
 
 

@@ -13,7 +13,6 @@ v velocity, y label, feats encoder features (N, T, D_enc), h projected SiT token
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 from utils import cli
 from utils.process.ending import say
@@ -49,7 +48,7 @@ from utils.data.training import open_loader
 from utils.run_lock import RunLock
 from utils.training import tracking
 from utils.training.batch import Batch, MetricAverages, make_batch, to_device
-from utils.training.draws import Draws, draw
+from utils.training.draws import Draws, drawing
 from utils.training.ema import ema_decay
 from utils.training.networks import Networks, build_networks, restore_networks
 from utils.training.nonfinite import LeftOutSteps, NonFiniteError, spatial_variance
@@ -263,7 +262,9 @@ def main() -> int | None:
         return print_plan(config)
     run, code = config.run, 0
     with Signals() as signals, RunLock(config.run_dir) as lock:
-        accelerator = distributed.start(config.run_dir, run.trackers, run.tf32, run.rank_timeout)
+        accelerator = distributed.start(
+            config.run_dir, run.trackers, run.tf32, run.rank_timeout, run.bucket_mb
+        )
         try:
             train(config, accelerator, signals, lock)
         except (NonFiniteError, NotSavedError) as error:
@@ -324,29 +325,20 @@ def run_steps(
     """The steps from `first` on, until `run.steps`, a signal, or a loss that is not finite."""
     run, tracker, ranks = config.run, periodic.tracker, accelerator.num_processes
     shape = (per_rank_batch(config, ranks), *nets.vae.latent_shape(config.data.resolution))
-    draws = partial(
-        draw,
-        shape,
-        seed=run.seed,
-        rank=accelerator.process_index,
-        device=accelerator.device,
-        hflip=config.data.hflip,
-        time=config.loss.diffusion.time,
-        path=config.loss.diffusion.path,
-        class_dropout_prob=config.sit.class_dropout_prob,
-    )
+    draws = drawing(config, accelerator.process_index, accelerator.device)
     bar = tracking.progress_bar(first, run.steps, accelerator)
     loader = open_loader(config, training_set, accelerator, first, left_out.steps)
 
     for step, batch in left_out.batches(tracker.timed(loader), first, run.steps):
         if batch is not None:
             x, y, cached = to_device(batch, accelerator.device, nets.channels_last)
-            tracker.add(train_step(nets, x, y, draws(step=step), config, step, cached), step)
+            tracker.add(train_step(nets, x, y, draws(shape, step=step), config, step, cached), step)
         bar.update()
         if loader.error:
             stop.request()
         stopping = stop.agreed(step + 1)
-        tracking.show(bar, periodic.run(nets, step + 1, step + 1 == run.steps, stopping))
+        row = periodic.run(nets, step + 1, step + 1 == run.steps, stopping)
+        tracking.show(bar, row, run.batch_size)
         if stopping or periodic.stopped:
             saved = periodic.checkpoints.folder / f"{step + 1:07d}"
             text = f"told to stop at step {step + 1}; saved {saved}; run the same command to go on"

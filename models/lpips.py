@@ -93,7 +93,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 def halve(net: "LPIPS") -> None:
     """Let LPIPS run its VGG in float16 from now on."""
-    net.net = HalfVGG(net.net)
+    setattr(net, "net", HalfVGG(net.net))  # noqa: B010
 
 
 def vgg_weight_file(weights: str | None = None) -> WeightFile:

@@ -4,6 +4,9 @@ quickstart.sh         trains, samples and evaluates on digits: the whole method 
 test.sh               lint and all tests
 environment.sh        the Python environment of both, made on first use
 doctor.py             checks a run before it starts
+settings_that_fit.py  memory and speed of a config on GPUs, with the cheapest settings that fit
+benchmark.py          measures training, sampling or loading here, or predicts them
+gpu_report.sh         all that can be measured on one GPU, and the gpu tests
 prepare_data.py       packs images as raw pixels
 cache_latents.py      encodes images once, for a frozen VAE
 vae_stats.py          mean and std of a VAE's latents

@@ -63,13 +63,16 @@ from utils.data.latents import CacheWriter, cache_rows, weights_id
 from utils.data.sharded import ShardedFolder
 from utils.distributed import Ranks
 from utils.files import check_disk
-from utils.precision import allow_tf32
+from utils.precision import allow_tf32, effective_precision, emulation_note
 
 
 def main() -> None:
     args = parse_args()
     ranks = Ranks()
     allow_tf32(True)
+    if note := emulation_note(args.precision, ranks.device):
+        ranks.print(f"--precision {args.precision}: {note}")
+        args.precision = effective_precision(args.precision, ranks.device)
     check_not_inside(args.out, args.path)
     cli.check_output_folder("--out", args.out)
     source = open_source_of(args)

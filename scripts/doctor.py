@@ -22,7 +22,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ranks = cli.number(int, at_least=1, at_most=100_000)
     add("--processes", type=ranks, metavar="N", help="ranks; default: the visible GPUs")
     gib = cli.number(float, above=0, at_most=100_000)
-    add("--gpu-memory", type=gib, metavar="GIB", help="of one GPU; default: what is free here")
+    add("--gpu-memory", type=gib, metavar="GIB", help="of one GPU; default: what is free here, or "
+        "without a GPU what the hardware in the header of the config has")  # fmt: skip
     return cli.parse_with_overrides(parser, argv)
 
 
@@ -36,6 +37,7 @@ import torch
 from train_repae import train_step
 from utils import distributed
 from utils.config.load import load_config
+from utils.cost.devices import named_hardware
 from utils.doctor import machine
 from utils.doctor.examination import examine
 
@@ -45,6 +47,8 @@ def main() -> int:
     config = load_config(args.config, args.overrides)
     ranks = args.processes or max(distributed.launched_ranks(), torch.cuda.device_count(), 1)
     memory = int(args.gpu_memory * 2**30) if args.gpu_memory else machine.gpu_memory()
+    if memory is None and (hardware := named_hardware(args.config)):
+        memory = hardware.device.memory
     published = any("imagenet" in str(file) for file in args.config)
     found = Counter()
     for status, text, name in examine(config, ranks, memory, published, train_step):

@@ -11,10 +11,18 @@ mkdir -p $out
 [ -e $out/started ] || date +%s >$out/started
 
 echo "1/5  a frozen encoder to align with, and another network to judge the samples"
-[ -e $out/encoder.safetensors ] || python scripts/train_classifier.py \
+# side by side, on one thread each: two threads gain little in networks as small as these
+judge=
+trap '[ -z "$judge" ] || kill $judge 2>/dev/null || true' EXIT # also where this script ends early
+if [ ! -e $out/judge.safetensors ]; then
+    OMP_NUM_THREADS=1 python scripts/train_classifier.py \
+        --network test_byobnet --size 16 --steps 500 --seed 1 --out $out/judge.safetensors &
+    judge=$!
+fi
+[ -e $out/encoder.safetensors ] || OMP_NUM_THREADS=1 python scripts/train_classifier.py \
     --network test_resnet --size 64 --steps 150 --seed 0 --out $out/encoder.safetensors
-[ -e $out/judge.safetensors ] || python scripts/train_classifier.py \
-    --network test_byobnet --size 16 --steps 500 --seed 1 --out $out/judge.safetensors
+[ -z "$judge" ] || wait $judge
+judge=
 echo "2/5  joint training of VAE and SiT"
 python train_repae.py --config configs/quickstart.yaml
 checkpoint=$(ls -d $out/checkpoints/[0-9]* | tail -1)

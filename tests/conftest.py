@@ -20,7 +20,10 @@ settings.load_profile("repeatable")
 
 # The files that take longest start first, so that neither core waits for the other at the end
 # (scripts/test.sh keeps this order when it shares files between two processes).
-LONGEST = ("test_ddp.py", "test_resume.py", "test_cost.py", "test_sample_ddp.py", "test_readme.py")
+LONGEST = (
+    *("test_resume.py", "test_ddp.py", "test_plan.py", "test_nonfinite.py", "test_sources.py"),
+    *("test_latent_norm.py", "test_sample_ddp.py", "test_train.py", "test_own_data.py"),
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -38,6 +41,12 @@ def accelerator():
     yield Accelerator(cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def native_halves(monkeypatch):
+    """Compute in bf16 and fp16 where they are asked for, on a CPU without them, too."""
+    monkeypatch.setattr("utils.precision.cpu_has", lambda precision: True)
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ def test_two_ranks_equal_one_process_on_the_joint_batch(tmp_path, variant):
     assert different == []  # position embedding and every buffer included
 
 
+@pytest.mark.slow
 def test_the_script_on_two_ranks_logs_saves_and_resumes(tmp_path):
     """And a checkpoint of two ranks is one that a single process goes on from."""
     done = train(tmp_path, "run.steps=2", "preview.every=2", "preview.num=8", ranks=2)
@@ -79,3 +80,46 @@ def test_a_batch_that_does_not_split_is_one_line_and_exit_code_2(tmp_path):
     assert done.returncode != 0
     message = "error: run.batch_size=7 does not split into 2 ranks x 1 micro-batches"
     assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_shared_out_optimizers_and_ema_change_no_bit(tmp_path):
+    """Of weights, EMA, metrics, loss scales and moments, with and without loss scale, guard and
+    clipping in the kernel; each rank keeps its share alone (tests/sharded_ranks.py)."""
+    done = run_script("tests/sharded_ranks.py", tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("equal") == 2
+
+
+def files_of(run, step: int) -> dict[str, bytes]:
+    """A checkpoint byte for byte, but for state.json, which names the settings."""
+    folder = run / "checkpoints" / f"{step:07d}"
+    assert find_fault(folder) is None
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != "state.json"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+
+
+@pytest.mark.slow
+def test_checkpoints_do_not_show_whether_state_is_shared_out(tmp_path, capsys):
+    """Byte for byte those of whole state, pictures too; a run goes on from the one with the other,
+    after a stop between, and with another number of ranks."""
+    words = ("run.save_every=1", "run.keep_last=9", "preview.every=2", "preview.num=2")
+    words += ("preview.steps=2", "eval.every=2", "eval.num=24", "eval.steps=2", "data.split=test")
+    words += ("eval.features=pixel", "eval.metrics=[fid]", "eval.batch_size=24")
+    whole, shared = tmp_path / "whole" / "tiny", tmp_path / "shared" / "tiny"
+    done = train(tmp_path / "whole", *words, ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for steps, shard in ((2, "true"), (3, "false"), (4, "true")):
+        extra = (f"run.steps={steps}", f"run.shard_optimizer={shard}")
+        done = train(tmp_path / "shared", *words, *extra, ranks=2)
+        assert done.returncode == 0, done.stderr[-2000:]
+    for step in (2, 3, 4):
+        assert files_of(shared, step) == files_of(whole, step)
+    pictures = [{p.name: p.read_bytes() for p in run.glob("samples/*")} for run in (whole, shared)]
+    assert len(pictures[0]) == 4 and pictures[0].items() <= pictures[1].items()
+    rows = [read_metrics(run / "metrics.jsonl") for run in (whole, shared)]
+    values = [[{k: v for k, v in row.items() if k[:5] == "eval/"} for row in r] for r in rows]
+    assert any(values[0]) and list(filter(None, values[0])) == list(filter(None, values[1]))
+    assert train_here(tmp_path / "shared", *words, "run.steps=5", "run.shard_optimizer=true") == 0
+    assert "shard_optimizer changes nothing: a single process" in capsys.readouterr().out
+    assert find_fault(shared / "checkpoints" / "0000005") is None

@@ -93,6 +93,7 @@ def test_vae_mode_measures_reconstructions(run):
     assert record["details"]["rFD[pixel12]"]["times_floor"] > 1
 
 
+@pytest.mark.slow
 def test_lpips_is_measured_when_it_is_asked_for(run, tmp_path):
     torch.manual_seed(0)
     torch.save(torchvision.models.vgg16(num_classes=1).state_dict(), tmp_path / "vgg.pth")

@@ -176,7 +176,7 @@ def test_every_file_that_a_source_names_is_in_the_tree():
             text = path.read_text()
             named = re.findall(rf"\b(?:{'|'.join(FOLDERS)}|tests)/[\w/-]+\.(?:py|sh|yaml)\b", text)
             gone += [f"{path}: {name}" for name in named if not (ROOT / name).exists()]
-            gone += [f"{path}: {n}" for n in re.findall(r"\b\w+\.md\b", text) if n not in pages]
+            gone += [f"{path}: {n}" for n in re.findall(r"\b[\w-]+\.md\b", text) if n not in pages]
     assert not gone
 
 

@@ -71,7 +71,8 @@ def hdf5_without_labels(root: Path) -> tuple[str, ...]:
 CASES = {flat: 1, one_class_folder: 1, three_classes: 3, packed_flat: 1, hdf5_without_labels: 1}
 
 
-LONG = (one_class_folder, packed_flat, hdf5_without_labels)  # as `flat`, from other files
+# as `three_classes`, without labels
+LONG = (flat, one_class_folder, packed_flat, hdf5_without_labels)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from models.vae import build_vae
+from scripts import benchmark
 from tests.tiny import ROOT, TINY, train_here
 from utils.config import Config
+from utils.config.load import load_config
 from utils.config.schema import all_settings
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -106,6 +108,7 @@ def test_sampling_writes_its_images(command, run, here, tmp_path):
 
 
 @pytest.mark.parametrize("command", those("doctor"))
+@pytest.mark.slow
 def test_the_doctor_reports_every_check(command, run):
     """Neither data nor weights are here, so some checks fail; it names them and continues."""
     small = ["sit.size=SiT-S/2", "sit.depth=8", "vae.train=false"]  # memory is estimated sooner
@@ -122,6 +125,7 @@ def test_preparing_data_passes_its_dry_run(command, run, tmp_path):
     assert code == 0, printed
 
 
+@pytest.mark.slow
 def test_caching_latents_runs_and_training_from_them_passes_its_dry_run(run, tmp_path):
     """With a VAE that has no published weights, on digits, as there is nothing else here."""
     (caching,), (training,) = those("cache_latents"), those("data.latents")
@@ -162,6 +166,13 @@ def test_the_commands_that_import_have_valid_arguments(command):
     assert arguments[0] in map(str, vars(parse_args(arguments)).values())
 
 
+@pytest.mark.parametrize("command", those("scripts/benchmark"))
+def test_the_commands_that_measure_have_valid_arguments(command):
+    """tests/scripts/test_benchmark.py runs such commands."""
+    args = benchmark.parse_args(words(command)[1:])
+    load_config([ROOT / file for file in args.config], args.overrides)
+
+
 def test_every_command_is_tested_above():
     tested = (
         "train_repae",
@@ -172,7 +183,7 @@ def test_every_command_is_tested_above():
         "cache_latents",
     )
     tested += ("reproduce_tables", "export_vae", "vae_stats", "visualize_latents")
-    tested += ("import_official",)
+    tested += ("import_official", "benchmark", "settings_that_fit")
     assert len(SCRIPTS) > 20
     assert not [c for c in SCRIPTS if Path(words(c)[0]).stem not in tested]
     for name in ("quickstart", "test"):
@@ -201,4 +212,5 @@ def test_every_setting_that_is_named_exists():
     pattern = r"`((?:run|data|vae|sit|disc|latent_norm|encoder|loss|ema|preview|eval)\.[\w.]+)"
     named = set(re.findall(pattern, TEXT)) | set(re.findall(r"[` ]((?:\w+\.)+\w+)=", TEXT))
     assert len(named) > 20
-    assert named - known == {"disc.alone_steps", "loss.diffusion.to_vae"}  # said to be old names
+    old = {"disc.alone_steps", "loss.diffusion.to_vae", "run.gradient_checkpointing"}
+    assert named - known == old  # said to be old names

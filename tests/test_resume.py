@@ -32,6 +32,10 @@ EPOCHS = ("data.split=test", "run.batch_size=60", "run.steps=6", "run.save_every
 EPOCHS += ("run.keep_last=9",)
 
 
+def slow(*values: str) -> list:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def contents(run: Path, step: int) -> dict[str, bytes]:
     """Every file of a checkpoint but state.json's versions, byte for byte."""
     folder = run / "checkpoints" / f"{step:07d}"
@@ -120,7 +124,7 @@ def test_kill_9_then_the_same_command_ends_bit_equal(uninterrupted, tmp_path, mo
     assert not list(checkpoints.glob(".*"))  # nothing half-written is left
 
 
-@pytest.mark.parametrize("damage", ["no state", "cut file", "changed byte"])
+@pytest.mark.parametrize("damage", ["changed byte", *slow("no state", "cut file")])
 def test_a_damaged_checkpoint_is_reported_and_passed_over(uninterrupted, tmp_path, damage, capsys):
     run = tmp_path / "tiny"
     shutil.copytree(uninterrupted, run)
@@ -238,6 +242,7 @@ def require_equal(run: Path, expected: Path) -> None:
     assert not list(run.rglob("*.tmp")) and not (run / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_a_stop_between_two_log_lines_leaves_no_trace(shown, tmp_path, monkeypatch, capsys):
     """Told to stop at steps 2, 3 (when all is due) and 5; nothing but a checkpoint is written."""
     run = tmp_path / "tiny"
@@ -264,7 +269,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    "what", ["first picture", "second picture", "evaluation", "last picture", "last evaluation"]
+    "what",
+    ["last picture", *slow("first picture", "second picture", "evaluation", "last evaluation")],
 )
 def test_a_preview_or_an_evaluation_that_a_kill_cut_off_is_made_good(
     shown, tmp_path, what, monkeypatch
@@ -297,6 +303,7 @@ def test_a_preview_or_an_evaluation_that_a_kill_cut_off_is_made_good(
     require_equal(tmp_path / "tiny", shown)
 
 
+@pytest.mark.slow
 def test_a_signal_during_a_preview_saves_that_step_and_the_picture_comes_later(
     tmp_path, monkeypatch, capsys
 ):
@@ -318,6 +325,7 @@ def test_a_signal_during_a_preview_saves_that_step_and_the_picture_comes_later(
     assert len(pictures(tmp_path / "tiny")) == 8
 
 
+@pytest.mark.slow
 def test_resume_from_a_path_works_again_after_a_kill(uninterrupted, tmp_path, capsys):
     """The run then goes on from its own checkpoint, even if the path is gone by now; and each
     config that was in use is kept."""
@@ -336,6 +344,7 @@ def test_resume_from_a_path_works_again_after_a_kill(uninterrupted, tmp_path, ca
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_start_that_left_no_checkpoint_is_not_where_the_run_began(
     uninterrupted, tmp_path, capsys
 ):
@@ -355,6 +364,7 @@ def test_a_start_that_left_no_checkpoint_is_not_where_the_run_began(
     assert "holds 0000002 too" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_init_from_works_again_after_a_kill(uninterrupted, tmp_path):
     origin = tmp_path / "origin" / "0000002"
     shutil.copytree(uninterrupted / "checkpoints" / "0000002", origin)

@@ -28,7 +28,8 @@ import sample_ddp
 from models.errors import UserError
 from models.sit import SiT
 from models.vae import build_vae
-from utils import cli
+from utils import cli, precision
+from utils.data.sharded import ShardedFolder
 from utils.sampling import load, output
 from utils.sampling.output import SampleFiles
 
@@ -143,7 +144,7 @@ def test_ranks_share_the_blocks(solver, small_blocks, checkpoint, tmp_path, monk
 def prepared(checkpoint: Path, out: Path, monkeypatch, **flags) -> SampleFiles:
     """The files of a command, as its main process prepares them; nothing is sampled."""
     args = sample_ddp.parse_args(arguments(checkpoint, out, **flags))
-    return sample_ddp.prepare(args)[0]
+    return sample_ddp.prepare(args, torch.device("cpu"))[0]
 
 
 @pytest.mark.slow
@@ -164,6 +165,7 @@ def wait_for_blocks(process: subprocess.Popen, folder: Path, least: int, total: 
     assert len(list(folder.glob("shard-*.json"))) < total, "too fast to be killed midway"
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_continued_byte_by_byte(checkpoint, tmp_path):
     """And the real script imports no encoder: its process says what it imports."""
     flags = {"num_samples": 390, "batch_size": 20, "steps": 20, "solver": "sde", "seed": 3}
@@ -190,16 +192,16 @@ def test_a_killed_run_is_continued_byte_by_byte(checkpoint, tmp_path):
 
 def killed_after(blocks: int, checkpoint: Path, out: Path, **flags) -> None:
     """A run that ends when so many blocks are finished."""
-    draw, drawn = sample_ddp.draw_images, []
+    begin, begun = sample_ddp.begin_images, []
 
-    def draw_or_die(*args):
-        if len(drawn) == blocks:
+    def begin_or_die(*args):
+        if len(begun) == blocks:
             raise KeyboardInterrupt
-        drawn.append(draw(*args))
-        return drawn[-1]
+        begun.append(begin(*args))
+        return begun[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample_ddp, "draw_images", draw_or_die)
+        patch.setattr(sample_ddp, "begin_images", begin_or_die)
         with pytest.raises(KeyboardInterrupt):
             here(checkpoint, out, **flags)
 
@@ -220,8 +222,8 @@ def test_a_run_is_continued_with_another_batch_size(small_blocks, checkpoint, tm
     assert len(kept) == 2
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        draw = sample_ddp.draw_images
-        patch.setattr(sample_ddp, "draw_images", lambda *a: (drawn.append(a[3]), draw(*a))[1])
+        begin = sample_ddp.begin_images
+        patch.setattr(sample_ddp, "begin_images", lambda *a: (drawn.append(a[3]), begin(*a))[1])
         images = here(checkpoint, out, batch_size=5, decode_batch_size=3, **flags)
     assert drawn == [range(start, start + 16) for start in (32, 48, 64, 80)]
     assert record_of(out)["images_sampled"] == 64
@@ -233,9 +235,9 @@ def test_another_rule_of_the_noise_is_refused(small_blocks, checkpoint, tmp_path
     """Neither half a set nor a whole one of the old rule is taken for one of the new."""
     killed_after(1, checkpoint, tmp_path / "half.npz")
     here(checkpoint, tmp_path / "whole.npz")
-    monkeypatch.setattr(load, "NOISE_VERSION", 2)
+    monkeypatch.setattr(load, "NOISE_VERSION", 3)
     for name in ("half", "whole"):
-        with pytest.raises(UserError, match="noise_version=1, now 2"):
+        with pytest.raises(UserError, match="noise_version=2, now 3"):
             here(checkpoint, tmp_path / f"{name}.npz")
 
 
@@ -296,7 +298,7 @@ def test_everything_beside_the_npz(checkpoint, tmp_path):
     chosen = {"cfg_scale": 1.5, "guidance_low": 0.1, "guidance_high": 1.0, "timestep_shift": 2.0}
     chosen |= {"num_samples": 96, "solver": "ode-heun", "steps": 6, "class_balanced": False}
     chosen |= {"seed": 0, "precision": "fp32", "uint8": "round", "compile": False, "tf32": False}
-    chosen |= {"path": "linear", "noise_version": 1}
+    chosen |= {"path": "linear", "noise_version": 2, "decode_precision": "fp32"}
     chosen |= {"resolution": 16, "num_classes": CLASSES}
     assert {k: v for k, v in settings.items() if k != "weights"} == chosen
     assert sorted(settings["weights"]) == [
@@ -309,7 +311,7 @@ def test_everything_beside_the_npz(checkpoint, tmp_path):
     assert (record["ranks"], record["device"], record["images_sampled"]) == (1, "cpu", 96)
     assert record["seconds"] > 0
     names = set(vars(sample_ddp.parse_args(arguments(checkpoint, out)))) - {"out", "dry_run"}
-    assert names <= {*settings, *record}  # every flag is on record
+    assert names - {"preset"} <= {*settings, *record}  # every flag is on record
 
 
 def test_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
@@ -350,14 +352,14 @@ def test_the_image_is_the_decoded_denormalised_latent(checkpoint, tmp_path):
     """The steps of sampling, repeated here for one image from its own noise."""
     from diffusers import AutoencoderKL
 
-    from utils.random import generator
     from utils.samplers import sample
+    from utils.sampling.noise import ImageNoise
 
     out = tmp_path / "a.npz"
     images = here(checkpoint, out, num_samples=3, uint8="truncate")
     sit = SiT.from_pretrained(checkpoint / "sit_ema").eval()
     vae = AutoencoderKL.from_pretrained(checkpoint / "vae").eval()
-    noise = torch.randn(1, 4, 8, 8, generator=generator("sample", 0, 2))
+    noise = ImageNoise(0, range(2, 3)).start(4, 8, 8)
     y = torch.from_numpy(np.load(out.with_suffix(".labels.npy"))[2:])
     with torch.no_grad():
         z_n = sample(sit, noise, y, solver="ode-heun", steps=6)
@@ -366,10 +368,45 @@ def test_the_image_is_the_decoded_denormalised_latent(checkpoint, tmp_path):
     assert_same_to_rounding(images[2:], pixels.permute(0, 2, 3, 1).numpy())
 
 
-def test_bf16_stays_near_fp32(checkpoint, tmp_path):
-    exact = here(checkpoint, tmp_path / "a.npz").astype(float)
-    half = here(checkpoint, tmp_path / "b.npz", precision="bf16").astype(float)
-    assert 0 < np.abs(exact - half).mean() < 0.1 * exact.std()
+@pytest.mark.usefixtures("native_halves")
+def test_bf16_stays_near_fp32(checkpoint, tmp_path, monkeypatch):
+    """The SiT's share and the decoder's; on record, too."""
+    monkeypatch.setattr(precision, "cpu_has", lambda _: True)
+    few = {"num_samples": 16, "batch_size": 16}
+    exact = here(checkpoint, tmp_path / "a.npz", **few).astype(float)
+    for name, most in (("precision", 0.1), ("decode_precision", 0.05)):
+        half = here(checkpoint, tmp_path / f"{name}.npz", **few, **{name: "bf16"}).astype(float)
+        assert 0 < np.abs(exact - half).mean() < most * exact.std()
+        assert record_of(tmp_path / f"{name}.npz")["settings"][name] == "bf16"
+
+
+def test_a_cpu_without_bf16_takes_fp32_and_says_so(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "cpu_has", lambda name: name == "fp32")
+    few = {"num_samples": 4, "precision": "bf16", "decode_precision": "bf16"}
+    here(checkpoint, tmp_path / "a.npz", **few)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no native" in line]
+    assert [line.split(":")[0] for line in lines] == ["--precision bf16", "--decode-precision bf16"]
+    settings = record_of(tmp_path / "a.npz")["settings"]
+    assert (settings["precision"], settings["decode_precision"]) == ("fp32", "fp32")
+
+
+def test_an_error_of_the_writer_ends_the_program(small_blocks, checkpoint, tmp_path, monkeypatch):
+    """Blocks written before it are kept, and the same command goes on with them."""
+    seal, sealed = ShardedFolder.seal, []
+
+    def seal_or_fail(blocks, block, *args):
+        if len(sealed) == 2:
+            raise UserError("cannot write: No space left on device")
+        seal(blocks, block, *args)
+        sealed.append(block)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedFolder, "seal", seal_or_fail)
+        with pytest.raises(UserError, match="No space left on device"):
+            here(checkpoint, tmp_path / "a.npz")
+    assert sealed == [0, 1] and not (tmp_path / "a.npz").exists()
+    here(checkpoint, tmp_path / "a.npz")
+    assert record_of(tmp_path / "a.npz")["images_sampled"] == 96 - 2 * 16
 
 
 def test_weights_that_make_no_numbers_are_refused(tmp_path):
@@ -524,7 +561,7 @@ WRONG = {
     "timestep_shift=1e-320": "argument --timestep-shift: '1e-320': expected a finite number",
     "num_samples=1e12": "--num-samples 1000000000000 take 2 x",
     "guidance_low=0.8 guidance_high=0.3": "must not be above --guidance-high 0.3",
-    "solver=sde steps=1": "--solver sde needs --steps 2 or more",
+    "solver=sde steps=1": "--solver sde needs 2 steps or more",
     "num_samples=97 class_balanced=": "does not split evenly over 8 classes",
     "out=a.png": "--out a.png must end in .npz",
     "checkpoint=nowhere": "--checkpoint nowhere: no such folder",

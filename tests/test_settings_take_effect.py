@@ -23,13 +23,14 @@ from utils.config.load import SETTINGS, load_config, read_saved_config
 from utils.config.resuming import FREE, STARTING, STEERING, is_in
 from utils.config.schema import Config
 from utils.data.training import open_training_data
+from utils.sampling.images import DrawnImages
 from utils.sampling.settings import SamplingSettings
 from utils.training import networks, preview
 from utils.training.networks import build_networks
 from utils.training.online_evaluation import OnlineEvaluation
 from utils.training.plan import changes_since, check_networks, require_fit, starting_point
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("native_halves")]
 # Everything takes part in a step of this run, so that every setting of it can be seen.
 BASE = ("loss.reg.lecam=0.1", "loss.reg.lpips=1", "run.steps=10", "run.save_every=2")
 
@@ -101,7 +102,7 @@ def allowed_tf32(c: Config) -> bool:
 def minutes_of_ranks(c: Config) -> float:
     """The time limit with which train_repae.py joins the other ranks."""
 
-    def start(run_dir: Path, trackers: list[str], tf32: bool, minutes: float) -> None:
+    def start(run_dir: Path, trackers: list[str], tf32: bool, minutes: float, _: int) -> None:
         raise UserError(str(minutes))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -117,16 +118,15 @@ def preview_settings(c: Config) -> tuple[int, dict]:
     """Number of images, and what the sampler is told."""
     told = []
 
-    def sample(net: object, noise: torch.Tensor, labels: torch.Tensor, **settings) -> torch.Tensor:
-        told.append(
-            (len(noise), {name: settings[name] for name in ("solver", "steps", "cfg_scale")})
-        )
-        return noise
+    def begin(settings: SamplingSettings, sit, vae, indices: range, *_) -> DrawnImages:
+        names = ("solver", "steps", "cfg_scale")
+        told.append((len(indices), {name: getattr(settings, name) for name in names}))
+        return DrawnImages(sit.device, [torch.zeros(1)])
 
     source, accelerator = open_training_data(c), distributed.start(c.run_dir, [], tf32=False)
     nets, _ = build_networks(c, source, accelerator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preview, "sample", sample)
+        patch.setattr(preview, "begin_images", begin)
         preview.Previewer(c, source, accelerator).draw_samples(nets)
     return sum(num for num, _ in told), told[0][1]
 
@@ -161,6 +161,7 @@ ELSEWHERE = {
     "run.checkpointing": "both",
     "run.channels_last": "true",
     "run.shard_optimizer": "true",
+    "run.bucket_mb": "100",
     "run.lpips_precision": "fp16",
     "run.resume": "never",
     "run.init_from": "/no/such/folder",

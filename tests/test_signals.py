@@ -104,7 +104,7 @@ def has_ended(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("number", "receiver", "method", "workers"),
     [
-        (signal.SIGTERM, "group", "fork", 2),
+        pytest.param(signal.SIGTERM, "group", "fork", 2, marks=SLOW),
         pytest.param(signal.SIGINT, "group", "fork", 2, marks=SLOW),  # Ctrl-C
         pytest.param(signal.SIGUSR1, "group", "forkserver", 2, marks=SLOW),
         pytest.param(signal.SIGTERM, "process", "forkserver", 2, marks=SLOW),

@@ -174,6 +174,7 @@ def test_fp16_scales_of_the_networks_are_independent():
     assert scales == {"vae": 32768.0, "sit": 65536.0, "disc": 65536.0}
 
 
+@pytest.mark.usefixtures("native_halves")
 @pytest.mark.parametrize("overrides", [("run.precision=bf16",), ("run.checkpointing=both",)])
 def test_other_ways_to_compute_a_step_agree_with_it(overrides):
     """bf16 autocast to 3 %, gradient checkpointing to rounding."""

@@ -57,6 +57,7 @@ def test_the_logged_learning_rate_is_0_while_a_network_does_not_move(tmp_path):
     assert (joint["lr/vae"], joint["lr/sit"], joint["lr/disc"]) == (1e-3, 1e-3, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_holds_no_random_sit_beside_the_loaded_ones(tmp_path, monkeypatch):
     """SiT and EMA are built without memory and take the tensors of the files: at XL size, a random
     third one on every rank is 8 x 2.7 GB of RAM."""
@@ -82,6 +83,7 @@ def test_evaluation_on_the_way_is_named_by_its_size_and_network(run):
     assert "eval/FD-24[pixel12]" in names and not any("FID" in name for name in names)
 
 
+@pytest.mark.slow
 def test_channels_last_saves_and_resumes(tmp_path, capsys):
     """Its weights are not contiguous, which safetensors refuses to write as they are."""
     for steps in ("run.steps=2", "run.steps=4"):
@@ -90,6 +92,7 @@ def test_channels_last_saves_and_resumes(tmp_path, capsys):
     assert "step 4 of 4 is done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_new_run_may_add_a_discriminator_to_a_checkpoint_without_one(tmp_path, capsys):
     """run.init_from of a run without GAN; the run itself cannot go on with one."""
     assert train_here(tmp_path, "run.steps=2", "loss.reg.gan=0") == 0

@@ -15,7 +15,7 @@ from utils.config.load import load_config
 from utils.config.schema import Config
 from utils.data.images import u8_to_pm1
 from utils.data.registry import open_source
-from utils.training.draws import Draws, draw
+from utils.training.draws import Draws, drawing
 from utils.training.networks import Networks, build_networks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,15 +64,7 @@ def batch(config: Config, step: int = 0) -> tuple[torch.Tensor, torch.Tensor, Dr
 
 def draws_of(config: Config, shape: tuple[int, ...], step: int = 0) -> Draws:
     """The random numbers of one step of the run that `config` describes, on one rank."""
-    return draw(
-        shape,
-        seed=config.run.seed,
-        step=step,
-        hflip=config.data.hflip,
-        time=config.loss.diffusion.time,
-        path=config.loss.diffusion.path,
-        class_dropout_prob=config.sit.class_dropout_prob,
-    )
+    return drawing(config)(shape, step=step)
 
 
 def grads(net: torch.nn.Module) -> dict[str, torch.Tensor]:

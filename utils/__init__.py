@@ -9,6 +9,7 @@ run_lock.py     one writer for a run's folder
 random.py       one random generator for each key, e.g. (seed, step, rank)
 distributed.py  ranks: start, gather, "the main process does it, all get the result", stop signals
 precision.py    autocast and TF32
+compilation.py  torch.compile, with or without CUDA graphs
 files.py        atomic writes, hashes, JSON, locks, disk space, `~` in paths
 records.py      typed records: ranges of fields, JSON files read as dataclasses
 provenance.py   versions of libraries, commit of this repository
@@ -21,6 +22,7 @@ sampling/    sampling settings, images of a checkpoint
 evaluation/  metrics of samples and of VAEs
 pictures/    grids and figures
 training/    the networks of a run, its batches, logs, previews, evaluations and plan
+cost/        what a step costs, counted on tensors without content: memory, time
 doctor/      checks before a run
 paper/       the paper's tables and the study on digits
 published/   import of published weights, export of VAEs

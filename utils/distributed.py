@@ -206,10 +206,14 @@ def _on_cpu() -> bool:
 
 
 def start(
-    run_dir: Path, trackers: list[str], tf32: bool, minutes: float = RANK_TIMEOUT
+    run_dir: Path,
+    trackers: list[str],
+    tf32: bool,
+    minutes: float = RANK_TIMEOUT,
+    bucket_mb: int = 25,
 ) -> Accelerator:
     """`join` the other ranks, if any. Buffers are broadcast once, when a network is wrapped; from
-    then on they are equal by construction."""
+    then on they are equal by construction. Gradients are averaged `bucket_mb` MiB at a time."""
     allow_tf32(tf32)
     join(minutes)
     return Accelerator(
@@ -218,7 +222,9 @@ def start(
         log_with=[*trackers] or None,  # type: ignore[arg-type]
         project_config=ProjectConfiguration(logging_dir=str(run_dir / "tensorboard")),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb
+            ),
         ],
         dynamo_backend="no",
     )

@@ -5,6 +5,7 @@ network runs in its own precision, everything happens in normalised latent space
 
 `SOLVERS` at the end of this file is the one list of solvers: the choices of --solver and of the
 configuration, the least number of steps, the counts of network calls and the plots follow from it.
+`PRESETS` below it are pairs of a solver and a number of steps, with their measured error.
 A new ODE solver is one function and one row:
 
     def integrate_midpoint(field: Field, x: torch.Tensor, times: list[float]) -> torch.Tensor:
@@ -36,7 +37,8 @@ from models.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    Generators = torch.Generator | Sequence[torch.Generator] | None
+    # x, and 1, 2, ... for the first, second, ... draw => standard normal of x's shape and dtype
+    NoiseFunction = Callable[[torch.Tensor, int], torch.Tensor]
 
 # The default guidance interval, of `sample` and of every program: guide at all times.
 GUIDANCE_INTERVAL = (0.0, 1.0)
@@ -54,16 +56,18 @@ def sample(
     cfg_scale: float = 1.0,
     guidance: tuple[float, float] = GUIDANCE_INTERVAL,
     path: str = "linear",
-    generator: Generators = None,
+    generator: torch.Generator | NoiseFunction | None = None,
     shift: float = 1.0,
 ) -> torch.Tensor:
     """Noise (N, C, h, w) and labels (N,) => normalised latents (N, C, h, w), float32.
 
     `cfg_scale` guides while guidance[0] <= t <= guidance[1], t being the time of each evaluation;
-    outside only the conditional branch runs. `generator` feeds the SDE: one for the whole batch, or
-    one for each image (then an image does not depend on its batch); on the generator's device.
-    `shift` above 1 moves the times towards the noise, see `shift_time`. Raises `UserError` if
-    `cfg_scale` is not 1 and the network has no null label.
+    outside only the conditional branch runs. `generator` feeds the SDE: torch's, for the whole
+    batch at once, or a function such as `utils.sampling.noise.ImageNoise`, for which an image does
+    not depend on its batch. `shift` above 1 moves the times towards the noise, see `shift_time`.
+    Raises `UserError` if `cfg_scale` is not 1 and the network has no null label.
+
+    Nothing is read back from the device, and nothing is copied to it but the times, once.
     """
     import torch
 
@@ -72,6 +76,7 @@ def sample(
     with torch.no_grad():
         field = Field(sit, y, cfg_scale, guidance, path, generator)
         times = SOLVERS[solver].times(steps, shift)
+        field.keep_on_device(times)
         return SOLVERS[solver].integrate(field, noise.double(), times).float()
 
 
@@ -88,12 +93,13 @@ class Field:
         cfg_scale: float = 1.0,
         guidance: tuple[float, float] = GUIDANCE_INTERVAL,
         path: str = "linear",
-        generator: Generators = None,
+        generator: torch.Generator | NoiseFunction | None = None,
     ):
         import torch
 
         self.sit, self.y, self.cfg_scale, self.guidance = sit, y, cfg_scale, guidance
-        self.path, self.generator = path, generator
+        self.path, self.generator, self.draws = path, generator, 0
+        self.kept_times: dict[float, torch.Tensor] = {}
         # A module without weights (an analytic field) sees the state as it is.
         self.dtype = next((p.dtype for p in sit.parameters()), torch.float64)
         # Times stay float32 for a bfloat16 network: bfloat16 cannot tell 0.996 from 1.
@@ -109,9 +115,18 @@ class Field:
         self.y_both = y.new_full((2 * len(y),), null_label)
         self.y_both[: len(y)] = y
 
+    def keep_on_device(self, times: Sequence[float]) -> None:
+        """Copy the times of a solver to the device at once: at each network call, a copy would wait
+        for the GPU to run dry."""
+        import torch
+
+        on_device = copy_without_wait(torch.tensor(times, dtype=self.time_dtype), self.y.device)
+        self.kept_times = dict(zip(times, on_device.unbind()))
+
     def __call__(self, x: torch.Tensor, t: float) -> torch.Tensor:
         """u + cfg_scale (c - u) of the conditional velocity c and the unconditional u, which run
         in one network call of 2 N; outside the interval c alone. (N, C, h, w) float64."""
+        x = x.to(self.dtype)
         if not self.is_guided(t):
             return self._velocity(x, t, self.y)
         cond, uncond = self._velocity(x.repeat(2, 1, 1, 1), t, self.y_both).chunk(2)
@@ -122,9 +137,10 @@ class Field:
         return self.cfg_scale != 1 and self.guidance[0] <= t <= self.guidance[1]
 
     def _velocity(self, x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
-        # Filled on the device: a copy from the CPU would wait for the GPU to run dry.
-        times = x.new_full((len(x),), t, dtype=self.time_dtype)
-        return self.sit(x.to(self.dtype), times, y)[0].double()
+        time = self.kept_times.get(t)
+        if time is None:  # a time between those of the solver
+            time = x.new_full((), t, dtype=self.time_dtype)
+        return self.sit(x, time.expand(len(x)), y)[0].double()
 
     def sde_drift(self, x: torch.Tensor, t: float) -> torch.Tensor:
         """v - w s / 2, (N, C, h, w), with the diffusion coefficient w(t) = 2 t and the score s.
@@ -137,21 +153,24 @@ class Field:
         return v - time * score_from_velocity(v, x, time, self.path)
 
     def fresh_noise(self, x: torch.Tensor) -> torch.Tensor:
-        """Standard normal of x's shape and dtype, drawn on the device of the generator(s)."""
+        """Standard normal of x's shape and dtype: the next draw of the generator."""
         import torch
 
-        g = self.generator
-        if g is None or isinstance(g, torch.Generator):
-            device = x.device if g is None else g.device
-            return torch.randn(x.shape, dtype=x.dtype, generator=g, device=device).to(x.device)
-        assert len(g) == len(x), (len(g), len(x))
-        shape = x.shape[1:]
-        noise = torch.stack(
-            [torch.randn(shape, dtype=x.dtype, generator=each, device=each.device) for each in g]
-        )
-        if x.is_cuda and not noise.is_cuda:  # a pageable copy would wait for the GPU to run dry
-            noise = noise.pin_memory()
-        return noise.to(x.device, non_blocking=True)
+        self.draws += 1
+        if callable(self.generator):
+            return self.generator(x, self.draws)
+        device = x.device if self.generator is None else self.generator.device
+        noise = torch.randn(x.shape, dtype=x.dtype, generator=self.generator, device=device)
+        return copy_without_wait(noise, x.device)
+
+
+def copy_without_wait(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`values` on `device`. From pageable memory, a copy would wait for the GPU to run dry."""
+    import torch
+
+    if device.type == "cuda" and values.device.type == "cpu" and torch.cuda.is_available():
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------------------
@@ -271,3 +290,48 @@ def least_steps(solver: str) -> int:
 def network_calls(solver: str, steps: int) -> int:
     """How often a solver of `SOLVERS` calls the network; a guided call counts once."""
     return SOLVERS[solver].network_calls(steps)
+
+
+def rows_of_calls(
+    solver: str,
+    steps: int,
+    cfg_scale: float = 1.0,
+    guidance: tuple[float, float] = GUIDANCE_INTERVAL,
+    shift: float = 1.0,
+) -> list[int]:
+    """Of each network call, how many rows it has for an image: 2 where it is guided, else 1. Their
+    sum times the FLOPs of one row is what an image costs."""
+    import torch
+
+    class Counter(Field):
+        def __call__(self, x: torch.Tensor, t: float) -> torch.Tensor:
+            rows.append(1 + self.is_guided(t))
+            return x
+
+    rows: list[int] = []
+    field = Counter(torch.nn.Identity(), torch.zeros(1))
+    field.cfg_scale, field.guidance = cfg_scale, guidance
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    SOLVERS[solver].integrate(field, zero, SOLVERS[solver].times(steps, shift))
+    return rows
+
+
+# --------------------------------------------------------------------------------------
+# Presets.
+
+
+class Preset(NamedTuple):
+    solver: str
+    steps: int
+    # root mean square error of the latents of Gaussian data, whose spread is about 0.6
+    # (scripts/plot_solvers.py); None: a stochastic solver has no one solution
+    error: float | None
+
+
+# The first one is the default.
+PRESETS = {
+    "published": Preset("sde", 250, None),
+    "fine": Preset("ode-ab2", 128, 5.7e-5),
+    "fast": Preset("ode-ab2", 64, 2.3e-4),
+    "draft": Preset("ode-ab2", 32, 9.7e-4),
+}

@@ -35,10 +35,19 @@ class _OutsideAutocast(nn.Module):
         with no_autocast(x):
             return super().forward(x.to(self.weight.dtype), *args, **kwargs)
 
+    def __reduce__(self):
+        """For pickle, which cannot find a class that is made at run time."""
+        return _new_outside_autocast, (type(self).__mro__[2],), self.__getstate__()
+
 
 @cache
 def _outside_autocast_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (_OutsideAutocast, cls), {})
+
+
+def _new_outside_autocast(cls: type[nn.Module]) -> nn.Module:
+    made = _outside_autocast_class(cls)
+    return made.__new__(made)
 
 
 def leave_autocast(layer: nn.Module | None) -> None:
@@ -63,17 +72,17 @@ def half_weights(module: nn.Module, x: Tensor) -> AbstractContextManager:
     tensor. `x`: what the module computes with."""
     if not x.is_cuda or torch.compiler.is_compiling() or not torch.is_autocast_enabled("cuda"):
         return nullcontext()
-    return cast_weights(module, torch.get_autocast_dtype("cuda"))
+    return temporary_weights(module, torch.get_autocast_dtype("cuda"))
 
 
 @contextmanager
-def cast_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def temporary_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside, the layers of `module` that autocast runs in half precision hold weights in `dtype`,
     whose gradients reach the real ones."""
     layers = (m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
     tables = [m._parameters for m in layers if not isinstance(m, _OutsideAutocast)]
     places = [(table, name) for table in tables for name, p in table.items() if p is not None]
-    weights = [table[name] for table, name in places]
+    weights: list[Any] = [table[name] for table, name in places]
     if all(w.dtype == dtype for w in weights):
         yield
         return
@@ -156,6 +165,8 @@ class _AddProduct(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, factor = ctx.saved_tensors
         dx = torch.mul(grad, factor, out=torch.empty_like(x))
-        d_factor = (grad * x).sum(1, keepdim=True, dtype=torch.float32)
+        # products of scaled float16 gradients may leave its range; those of bfloat16 only round
+        wide = grad.float() if grad.dtype == torch.float16 else grad
+        d_factor = (wide * x).sum(1, keepdim=True, dtype=torch.float32)
         base = grad.sum(1, keepdim=True, dtype=torch.float32) if ctx.summed else grad
         return base, dx, d_factor

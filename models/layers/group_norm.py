@@ -8,6 +8,7 @@ input for the backward pass.
 N batch, C channels, G groups; tensors (N, C, ...).
 """
 
+import math
 import warnings
 from functools import cache
 
@@ -47,9 +48,10 @@ def group_norm_silu(
     float32. One operation: profilers and counters of FLOPs see it as a whole."""
     kernels = _kernels(x)
     if kernels:
-        return kernels.forward(x, weight, bias, groups, eps, silu)
+        with torch.cuda.device_of(x):  # Triton launches on the current device, not on that of x
+            return kernels.forward(x, weight, bias, groups, eps, silu)
     num, channels = x.shape[:2]
-    sizes = (num, channels, x[0, 0].numel(), groups, eps)
+    sizes = (num, channels, math.prod(x.shape[2:]), groups, eps)
     y, mean, rstd = torch.native_group_norm(x.float().contiguous(), weight, bias, *sizes)
     return torch.empty_like(x).copy_(F.silu(y) if silu else y), mean, rstd
 
@@ -76,7 +78,8 @@ def group_norm_silu_backward(
     kernels = _kernels(x)
     if kernels:
         dy = torch.empty_like(x).copy_(dy) if dy.stride() != x.stride() else dy
-        return kernels.backward(dy, x, mean, rstd, weight, bias, groups, silu)
+        with torch.cuda.device_of(x):
+            return kernels.backward(dy, x, mean, rstd, weight, bias, groups, silu)
     num, channels = x.shape[:2]
     by_channel = (num, channels, *[1] * (x.ndim - 2))
     value, grad = x.float().contiguous(), dy.float().contiguous()
@@ -85,7 +88,7 @@ def group_norm_silu_backward(
         scale = scale * weight
         g = value * scale.view(by_channel) + (bias - centre * scale).view(by_channel)
         grad = torch.ops.aten.silu_backward(grad, g)
-    sizes = (num, channels, x[0, 0].numel(), groups, [True, True, True])
+    sizes = (num, channels, math.prod(x.shape[2:]), groups, [True, True, True])
     dx, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
         grad, value, mean, rstd, weight, *sizes
     )
@@ -135,8 +138,9 @@ def _triton_works(device: torch.device) -> bool:
 
         x = torch.ones(1, 8, 2, 2, device=device).to(memory_format=torch.channels_last)
         ones = torch.ones(8, device=device)
-        y, *stats = kernels.forward(x, ones, ones, 4, 1e-6, True)
-        kernels.backward(y, x, *stats, ones, ones, 4, True)
+        with torch.cuda.device_of(x):
+            y, mean, rstd = kernels.forward(x, ones, ones, 4, 1e-6, True)
+            kernels.backward(y, x, mean, rstd, ones, ones, 4, True)
     except Exception as error:  # whatever a missing or broken tool chain raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         warnings.warn(f"norms run in float32, slower, as Triton fails: {reason}", stacklevel=1)

@@ -10,6 +10,9 @@ In between lie only sums of chunks of rows. x_hat = (x - mean) rstd, g = x_hat w
 y = silu(g).
 """
 
+# pyright: reportArgumentType=false
+# Triton takes plain numbers for its constexpr parameters.
+
 import torch
 import triton
 import triton.language as tl
@@ -99,8 +102,8 @@ def _normalize(
     x, mean, rstd, weight, bias, y, rows, channels, groups, width,
     SILU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    r, c = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
+    n = tl.program_id(1).to(tl.int64)
+    r, c = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     mask = (r[:, None] < rows) & (c[None, :] < channels)
     _, g, _, _ = _load_normalized(
         x, mean, rstd, weight, bias, n, r, c, mask, rows, channels, groups, width
@@ -173,8 +176,8 @@ def _input_gradient(
     x, dy, mean, rstd, weight, bias, of_group, dx, rows, channels, groups, width,
     SILU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    r, c = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
+    n = tl.program_id(1).to(tl.int64)
+    r, c = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     mask = (r[:, None] < rows) & (c[None, :] < channels)
     x_hat, g, gain, scale = _load_normalized(
         x, mean, rstd, weight, bias, n, r, c, mask, rows, channels, groups, width
@@ -193,8 +196,10 @@ def _input_gradient(
 
 
 def fits(x: torch.Tensor) -> bool:
-    """Whether the channels of x (N, C, ...) lie innermost in memory, without gaps."""
-    return x.ndim > 2 and x.movedim(1, -1).is_contiguous()
+    """Whether the channels of x (N, C, ...) lie innermost in memory, without gaps, and the numbers
+    of one image can be counted in 32 bits."""
+    inside = 0 < x.numel() < 2**31 * len(x)
+    return inside and x.ndim > 2 and x.movedim(1, -1).is_contiguous()
 
 
 def _split(x: torch.Tensor) -> tuple[int, int, int, dict[str, int]]:
@@ -220,7 +225,7 @@ def forward(
     block_d = triton.next_power_of_2(width)
     about = (mean, rstd, rows, channels, width, parts, eps)
     _statistics[(num, groups)](x, partial, *about, PARTS=PARTS, BLOCK_D=block_d)
-    grid = (num, triton.cdiv(rows, blocks["BLOCK_R"]))
+    grid = (triton.cdiv(rows, blocks["BLOCK_R"]), num)
     shape = (rows, channels, groups, width)
     _normalize[grid](x, mean, rstd, weight, bias, y, *shape, SILU=silu, **blocks)
     return y, mean, rstd
@@ -248,7 +253,7 @@ def backward(
     about = (of_image, of_group, rows, channels, width, parts)
     block_d = triton.next_power_of_2(width)
     _group_sums[(num, groups)](partial, weight, *about, PARTS=PARTS, BLOCK_D=block_d)
-    grid = (num, triton.cdiv(rows, blocks["BLOCK_R"]))
+    grid = (triton.cdiv(rows, blocks["BLOCK_R"]), num)
     _input_gradient[grid](*inputs, of_group, dx, *shape, SILU=silu, **blocks)
     d_bias, d_weight = of_image.sum(0)
     return dx, d_weight, d_bias

@@ -4,7 +4,7 @@ Only classes are: parameters, their names and the config stay, and without autoc
 numbers.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch.nn as nn
 from diffusers.models.resnet import ResnetBlock2D
@@ -34,6 +34,7 @@ def prepare(net: Any) -> None:
     of 0.03, and pixels on steps of up to one grey level, which a discriminator can tell from real
     images. Attention logits are safe: torch's kernels keep them in float32.
     """
+    module: Any
     for module in net.modules():
         if isinstance(module, ResnetBlock2D) and _is_plain(module):
             module.__class__ = ResnetBlock
@@ -41,7 +42,7 @@ def prepare(net: Any) -> None:
         elif hasattr(module, "conv_norm_out"):  # the encoder and the decoder
             _exchange_norms(module, "conv_norm_out")
             module.conv_act = nn.Identity()
-            leave_autocast(module.conv_out)
+            leave_autocast(cast(Any, module.conv_out))
     for module in net.modules():  # what is left is in the attention
         if type(module) is nn.GroupNorm:
             module.__class__ = GroupNorm

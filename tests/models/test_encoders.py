@@ -470,6 +470,7 @@ def test_a_stride_that_no_stage_has_is_refused():
         encoder_shape("timm:test_resnet/3", 16, 8)
 
 
+@pytest.mark.slow
 def test_weights_that_timm_would_bend_to_fit_are_refused(tmp_path):
     """timm resamples a patch convolution of another size, and copies whole numbers and NaN."""
     state = noisy(timm.create_model("test_vit3", num_classes=0)).state_dict()

@@ -27,12 +27,13 @@ from models.vae import build_vae, load_vae
 from scripts import cache_latents
 from tests.tiny import ROOT, draws_of, run_script, tiny_config, train_here
 from utils import distributed
+from utils.benchmark.clock import PhaseClock
+from utils.benchmark.training import Training
 from utils.data import latents
-from utils.data.base import BadImages, Source
+from utils.data.base import BadImages, Source, collate
 from utils.data.images import u8_to_pm1
 from utils.data.latents import CachedSource, CacheMeta, LatentCache, checksum
 from utils.data.registry import open_source
-from utils.data.sampling import collate
 from utils.data.sharded import ShardedFolder
 from utils.data.training import join_cache
 from utils.training.batch import make_batch, to_device
@@ -158,6 +159,16 @@ def test_neither_vae_nor_encoder_runs_nor_is_an_image_read(images, vae, cache, m
     x, y, cached = first_batch(examples)
     metrics = train_repae.train_step(nets, x, y, draws_of(config, (8, 4, 8, 8)), config, 0, cached)
     assert metrics["loss/sit/align"].isfinite() and x.numel() == 0
+
+
+@pytest.mark.parametrize("cached", ["false", "true"])
+def test_a_benchmark_with_data_trains_on_the_cache(images, vae, cache, cached):
+    config = config_of(images, vae, cache, f"encoder.cached={cached}")
+    accelerator = distributed.start(config.run_dir, [], tf32=False)
+    run = Training(config, accelerator, train_repae.train_step, real_data=True)
+    rows = next(run.batches)[2:]
+    assert [row.shape[2:] for row in rows] == [(2, 4, 8, 8), (16, 192)][: 1 + (cached == "true")]
+    assert all(value.isfinite() for value in run.step(PhaseClock(accelerator.device)).values())
 
 
 def test_cached_tokens_are_those_of_the_encoder(images, vae, tmp_path, monkeypatch):

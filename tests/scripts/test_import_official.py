@@ -28,7 +28,7 @@ from tests.published_files import (
     velocity,
 )
 from utils import cli
-from utils.random import generator
+from utils.sampling.noise import ImageNoise
 
 STEPS, NUM = 5, 4
 
@@ -40,8 +40,7 @@ def run(*words) -> None:
 @torch.no_grad()
 def pipeline(w: dict, vae: torch.nn.Module, mean, var, sit_time: bool = False) -> np.ndarray:
     """Euler from noise to data with the noise and labels of sample_ddp.py --seed 0, decoded."""
-    x = torch.stack([torch.randn(4, SIDE, SIDE, generator=generator("sample", 0, i))
-                     for i in range(NUM)])  # fmt: skip
+    x = ImageNoise(0, range(NUM)).start(4, SIDE, SIDE)
     y = torch.tensor([i % CLASSES for i in range(NUM)])
     for i in range(STEPS):
         if sit_time:  # t = 0 noise, t = 1 data, dx/dt = v

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.errors import UserError
+from utils import distributed
 from utils.distributed import Ranks, default_device
 
 
@@ -50,3 +51,10 @@ def test_an_apple_gpu_is_not_used(monkeypatch):
     from utils.distributed import _on_cpu
 
     assert _on_cpu()
+
+
+def test_run_bucket_mb_is_the_size_of_the_buckets_of_gradients(tmp_path, accelerator):
+    """`run.bucket_mb`; the fixture restores accelerate's state."""
+    del accelerator
+    made = distributed.start(tmp_path, [], tf32=False, bucket_mb=100)
+    assert made.ddp_handler.bucket_cap_mb == 100

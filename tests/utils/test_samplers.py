@@ -7,6 +7,7 @@ plain loops of float64 numbers; and the exact velocity of Gaussian data, for whi
 the ODE and the moments of the SDE are known in closed form.
 """
 
+import copy
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -18,17 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.errors import UserError
 from models.sit import SiT
 from utils import samplers
+from utils.pictures.solvers import gaussian_error
 from utils.samplers import (
+    PRESETS,
     SDE_LAST_TIME,
     SOLVERS,
     Solver,
     least_steps,
     network_calls,
     ode_times,
+    rows_of_calls,
     sample,
     sde_times,
     shift_time,
 )
+from utils.sampling.noise import ImageNoise
 
 CLASSES = 3
 
@@ -196,18 +201,11 @@ class TestAgainstTheMethod:
         again = torch.Generator().manual_seed(5)
         self.compare("sde", expected, sit, start, cfg, low, high, path, again)
 
-    def test_sde_with_a_generator_for_each_image(self, sit, start, cfg, low, high, path):
-        def make():
-            return [torch.Generator().manual_seed(i) for i in range(len(start[0]))]
-
-        gs, reference = make(), Reference(sit, start[1], cfg, low, high, path)
-
-        def draw():
-            rows = [torch.randn(start[0].shape[1:], dtype=torch.float64, generator=g) for g in gs]
-            return torch.stack(rows)
-
-        expected = reference.sde(start[0], 9, draw)
-        self.compare("sde", expected, sit, start, cfg, low, high, path, make())
+    def test_sde_with_the_noise_of_images(self, sit, start, cfg, low, high, path):
+        noise, reference = ImageNoise(7, range(5)), Reference(sit, start[1], cfg, low, high, path)
+        draws = (noise(start[0].double(), number) for number in range(1, 9))
+        expected = reference.sde(start[0], 9, lambda: next(draws))
+        self.compare("sde", expected, sit, start, cfg, low, high, path, ImageNoise(7, range(5)))
 
 
 # ---------------------------------------------------------------- the exact field
@@ -248,6 +246,15 @@ def test_the_table_says_the_number_of_network_calls(solver):
     for steps in (least_steps(solver), 10):
         assert error(solver, steps)[1] == network_calls(solver, steps)
     assert network_calls(solver, 10) == {"ode-heun": 19}.get(solver, 10)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values())
+def test_the_error_of_a_preset_is_the_measured_one(preset):
+    """As scripts/plot_solvers.py measures it; that of a stochastic solver is not defined."""
+    if preset.error is None:
+        assert SOLVERS[preset.solver].times is not ode_times
+    else:
+        assert f"{gaussian_error(preset.solver, preset.steps):.1e}" == f"{preset.error:.1e}"
 
 
 def test_a_new_solver_is_one_function_and_one_row(monkeypatch):
@@ -318,6 +325,18 @@ def test_outside_the_interval_only_the_conditional_branch_runs(solver, sit, star
     for call in net.calls:
         assert call.y == (both if 0.25 <= call.t <= 0.65 else y.tolist()), call.t
     assert {len(call.y) for call in net.calls} == {len(y), 2 * len(y)}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("guidance", [(0.0, 1.0), (0.25, 0.65), (0.3, 0.3)])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_the_rows_of_calls_are_those_the_network_gets(solver, guidance, cfg_scale, sit, start):
+    """What predictions of the cost of an image count with."""
+    how = {"solver": solver, "steps": 10, "cfg_scale": cfg_scale, "guidance": guidance}
+    how |= {"shift": 1.5}
+    net = Counting(sit)
+    sample(net, *start, generator=torch.Generator(), **how)
+    assert rows_of_calls(**how) == [len(call.y) // len(start[1]) for call in net.calls]
 
 
 def test_the_ends_of_the_interval_belong_to_it(sit, start):
@@ -442,13 +461,33 @@ class Copies(TorchDispatchMode):
         return out
 
 
-def test_no_time_is_copied_to_the_device(start):
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_times_are_copied_to_the_device_once(solver, cfg_scale, start):
     """A copy at every network call would make the CPU wait for the GPU each time."""
     noise, y = (value.to("meta") for value in start)
-    for solver in ("ode-euler", "ode-heun", "ode-ab2"):
+    net = Gaussian()
+    net.null_label = CLASSES
+    for steps in (5, 50):
         with Copies() as copies:
-            sample(Gaussian(), noise, y, solver=solver, steps=5)
-        assert copies.count == 0, solver
+            sample(
+                net, noise, y, solver=solver, steps=steps, cfg_scale=cfg_scale,
+                generator=ImageNoise(0, range(5), "meta"),
+            )  # fmt: skip
+        assert copies.count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_nothing_waits_for_the_gpu(solver, sit, start):
+    noise, y = (value.cuda() for value in start)
+    how = {"solver": solver, "steps": 5, "cfg_scale": 2.0, "guidance": (0.2, 0.7)}
+    net = copy.deepcopy(sit).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample(net, noise, y, generator=ImageNoise(0, range(5), "cuda"), **how)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_shift_is_the_published_formula_and_one_is_the_identity():
@@ -477,12 +516,12 @@ def test_the_shifted_times_are_those_the_network_sees(start):
 def test_an_image_does_not_depend_on_its_batch(sit, start):
     noise, y = start
 
-    def draw(rows):
-        gs = [torch.Generator().manual_seed(100 + i) for i in rows]
-        return sample(sit, noise[rows], y[rows], solver="sde", steps=7, generator=gs, cfg_scale=2.0)
+    def draw(start, stop):
+        own, how = ImageNoise(100, range(start, stop)), {"solver": "sde", "steps": 7}
+        return sample(sit, noise[start:stop], y[start:stop], generator=own, cfg_scale=2.0, **how)
 
-    together = draw([0, 1, 2, 3, 4])
-    apart = torch.cat([draw([0]), draw([1, 2]), draw([3, 4])])
+    together = draw(0, 5)
+    apart = torch.cat([draw(0, 1), draw(1, 3), draw(3, 5)])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ from utils.config.schema import Config, all_settings
 FREE = (
     *("run.name", "run.out", "run.steps", "run.resume", "run.allow_change"),
     *("run.accumulation", "run.compile", "run.compile_mode", "run.checkpointing"),
-    *("run.channels_last", "run.shard_optimizer"),
+    *("run.channels_last", "run.shard_optimizer", "run.bucket_mb"),
     *("run.on_nonfinite", "run.max_nonfinite", "run.rank_timeout", "run.disk_wait"),
     *("run.log_every", "run.save_every", "run.keep_last", "run.milestone_every", "run.trackers"),
     *("data.workers", "data.max_bad_images", "preview.*", "eval.*"),

@@ -82,7 +82,10 @@ class RunConfig:
     channels_last: bool | None = None
     # Number format of LPIPS: tf32 (float32 where run.tf32=false), or fp16 with a loss scale.
     lpips_precision: Literal["tf32", "fp16"] = "tf32"
-    # true = each rank keeps a share of the optimizers' state; checkpoints are the same.
+    # MiB of gradients that ranks average at a time, while the backward pass computes the next ones.
+    bucket_mb: int = number(25, at_least=1, at_most=10_000)
+    # true = each rank keeps a share of the optimizers' state and of the EMA. Weights, metrics and
+    # checkpoints are the same.
     shard_optimizer: bool = False
     # auto = continue from this run's newest complete checkpoint; never; or a checkpoint folder.
     resume: str = path_or("auto")

@@ -3,11 +3,13 @@
 import hashlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from models.errors import UserError, read_json
@@ -18,6 +20,9 @@ MOST_CLASSES = 1_000_000  # a larger label is no class number
 MOST_IN_A_ROW = 100  # unreadable images, over the limit, before one is no longer replaced
 TRIED = 8  # items of which one must be readable before a run starts
 SHOWN_CLASSES = 5  # whose names stand in a line about the data
+
+# (shape, dtype=...) => memory for a part of a batch, like torch.empty
+Allocator = Callable[..., Tensor]
 
 
 class BadImages:
@@ -104,6 +109,22 @@ class Source(ABC):
                 if len(found) > self.bad.most + MOST_IN_A_ROW or len(found) == len(self):
                     raise
 
+    def read_batch(
+        self, indices: Sequence[int], empty: Allocator = torch.empty
+    ) -> tuple[list[Tensor], dict[str, str]]:
+        """The items at `indices`, each as `read` gives it, as one batch: [x_u8 (B, 3, R, R) uint8
+        in channels-last memory, y (B,) int64, what else the source gives]; and the keys and reasons
+        of all images that could not be read. Large parts lie in memory that `empty` makes.
+
+        A source may override this to copy each image only once; the bits must stay the same.
+        """
+        items, unreadable = [], {}
+        for i in indices:
+            item, found = self.read(i)
+            items.append(item)
+            unreadable |= found
+        return collate(items, empty), unreadable
+
     def take(self, i: int) -> tuple:
         """Item i, or the one that takes its place, which is noted in `bad`. For the process that
         owns this source, not for a worker."""
@@ -152,6 +173,15 @@ class Source(ABC):
             keys = (self.key(i) for i in range(len(self)))
             return hash_lines([f"{size}", *keys, *map(str, sizes)])
         return hash_images(size, (self[i][0].permute(1, 2, 0).numpy() for i in range(len(self))))
+
+
+def collate(items: Sequence[tuple], empty: Allocator = torch.empty) -> list[Tensor]:
+    """Items (x_u8, label, ...) of a source => one batch. The images (B, 3, H, W) are channels-last:
+    they are stacked as (B, H, W, 3), the order in which sources hold their pixels."""
+    pixels = [x_u8.permute(1, 2, 0) for x_u8, *_ in items]
+    x_u8 = empty((len(items), *pixels[0].shape), dtype=pixels[0].dtype)
+    torch.stack(pixels, out=x_u8)
+    return [x_u8.permute(0, 3, 1, 2), *default_collate([rest for _, *rest in items])]
 
 
 def describe(source: Source) -> str:

@@ -4,7 +4,7 @@ import io
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from models.errors import UserError, convert, read_json, what_is
-from utils.data.base import Names, Source, number_classes, printable, read_labels
+from utils.data.base import Allocator, Names, Source, number_classes, printable, read_labels
 from utils.data.folder import LABELS, is_image_name
 from utils.data.images import ImageFileError, UnreadableImageError, read_image
 
@@ -25,7 +25,7 @@ class Hdf5Source(Source):
     dataset.json ({"labels": [[name, label], ...] or null}).
 
     Labels are joined to images by name. HDF5 handles do not survive a fork, so a process that may
-    still fork (any but a worker) opens and closes the file for every image.
+    still fork (any but a worker) opens and closes the file for every image or batch.
     """
 
     labels: np.ndarray
@@ -56,6 +56,17 @@ class Hdf5Source(Source):
         encoded = io.BytesIO(self._read(name))
         image = read_image(encoded, f"{name} in {self._images}", self.resolution)
         return image, int(self.labels[i])
+
+    def read_batch(
+        self, indices: Sequence[int], empty: Allocator = torch.empty
+    ) -> tuple[list[torch.Tensor], dict[str, str]]:
+        """As `Source.read_batch`; the file is opened once for all its images."""
+        with self._open() as file:
+            before, self._file, self._pid = self._file, file, os.getpid()
+            try:
+                return super().read_batch(indices, empty)
+            finally:
+                self._file = before
 
     def key(self, i: int) -> str:
         """The image's name in images_h5.json."""
@@ -92,12 +103,13 @@ class Hdf5Source(Source):
 
     @contextmanager
     def _open(self) -> Iterator:
-        if multiprocessing.parent_process() is None:
+        if self._file is not None and self._pid == os.getpid():
+            yield self._file
+        elif multiprocessing.parent_process() is None:
             with self._new_file() as file:
                 yield file
         else:
-            if self._file is None or self._pid != os.getpid():
-                self._file, self._pid = self._new_file(), os.getpid()
+            self._file, self._pid = self._new_file(), os.getpid()
             yield self._file
 
     def _new_file(self):

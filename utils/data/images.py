@@ -61,7 +61,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info:  # via RGBA: the same colours, without a warning per image
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # it would be copied
 
 
 def read_image(file: Path | BinaryIO, where: str, resolution: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from models.encoders import Encoder, encoder_weight_file
 from models.errors import RecordError, UserError, what_is
 from models.vae import VAE
-from utils.data.base import Source
+from utils.data.base import Allocator, Source
 from utils.data.images import CROP_VERSION, ImageFileError, u8_to_pm1
 from utils.data.latent_stats import ChannelMoments
 from utils.data.sampling import make_loader
@@ -163,6 +163,12 @@ class LatentCache:
         """(F, ...) float16."""
         return torch.from_numpy(np.array(self._rows[array][row]))
 
+    def read_rows(self, array: str, rows: np.ndarray, empty: Allocator = torch.empty) -> Tensor:
+        """(B, F, ...) float16, of the rows (B,), in memory that `empty` makes."""
+        out = empty((len(rows), *self._rows[array].row[0]), dtype=torch.float16)
+        self._rows[array].gather(rows, out.numpy())
+        return out
+
     def encoder_dims(self) -> tuple[int, ...]:
         """Channels of the cached features, for each encoder."""
         return tuple(e.shape[1] for e in self.meta.encoders)
@@ -253,6 +259,30 @@ class CachedSource(Source):
     def __getitem__(self, i: int) -> tuple[Tensor, int, *tuple[Tensor, ...]]:
         x_u8, y = self.images[i] if self.pixels else (NO_PIXELS, self.images.label(i))
         return x_u8, y, *(self.cache.read(array, self.rows[i]) for array in self.arrays)
+
+    def read_batch(
+        self, indices: Sequence[int], empty: Allocator = torch.empty
+    ) -> tuple[list[Tensor], dict[str, str]]:
+        """As `Source.read_batch`: every row is copied from its file straight into the batch."""
+        images = self._read_images(indices, empty)
+        if images is None:
+            return super().read_batch(indices, empty)
+        rows = self.rows[indices]
+        return [*images, *(self.cache.read_rows(array, rows, empty) for array in self.arrays)], {}
+
+    def _read_images(self, indices: Sequence[int], empty: Allocator) -> list[Tensor] | None:
+        """Images and labels; None if that takes item by item: where another image takes the place
+        of a broken one, so must its latents."""
+        if not self.pixels:
+            if self.labels is None:
+                return None
+            nothing = NO_PIXELS.expand(len(indices), -1, -1, -1)
+            return [nothing, torch.from_numpy(self.labels[indices])]
+        try:
+            images, found = self.images.read_batch(indices, empty)
+        except ImageFileError:
+            return None
+        return None if found else images
 
     def key(self, i: int) -> str:
         return self.images.key(i)

@@ -4,20 +4,23 @@ The images of global step k are a function of (seed, k) alone: nothing has to be
 and the number of ranks and workers can change without changing a batch.
 """
 
+import atexit
+import math
 import multiprocessing
 import signal
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from models.errors import UserError
-from utils.data.base import BadImages, Source
+from utils.data.base import Allocator, BadImages, Source
 from utils.process.signals import SIGNALS
 
 PREFETCH = 4  # batches that each worker holds ready
@@ -100,8 +103,10 @@ class Loader(DataLoader):
         return self.bad.error if self.bad else None
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        before = multiprocessing.active_children()
         with signals_blocked():
             batches = super().__iter__()
+        _workers.update(set(multiprocessing.active_children()).difference(before))
         for batch in batches:
             if isinstance(batch[0], UserError):
                 raise batch[0]
@@ -109,6 +114,18 @@ class Loader(DataLoader):
             if self.bad is not None:
                 self.bad.add(found)
             yield batch
+
+
+_workers = weakref.WeakSet()  # the processes of all loaders
+
+
+@atexit.register  # hence before Python waits for the processes that it has told to end by SIGTERM
+def end_workers() -> None:
+    """Workers ignore that signal. One may be left where an exception still holds its loader."""
+    if _workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports killed workers
+    for worker in _workers:
+        worker.kill()
 
 
 @contextmanager
@@ -136,26 +153,31 @@ class _Batches(Dataset):
     """A source read batch by batch; the last item of a batch are the images that could not be read,
     with the reasons."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, pinned: bool) -> None:
+        self.source, self.pinned = source, pinned
 
     def __getitems__(self, indices: list[int]) -> list:
-        items, unreadable = [], {}
         try:
-            for i in indices:
-                item, found = self.source.read(i)
-                items.append(item)
-                unreadable |= found
+            batch, unreadable = self.source.read_batch(indices, self._allocator())
         except UserError as error:
             return [error]
-        return [*collate(items), unreadable]
+        return [*batch, unreadable]
+
+    def _allocator(self) -> Allocator:
+        """Memory in which a batch reaches the step without being copied: of a worker, what it
+        shares with the training process; of that process itself, what the GPU reads (pinned)."""
+        if get_worker_info() is not None:
+            return shared_empty
+        return partial(torch.empty, pin_memory=True) if self.pinned else torch.empty
 
 
-def collate(items: list[tuple]) -> list[torch.Tensor]:
-    """Items (x_u8, label, ...) of a source => one batch. The images (B, 3, H, W) are channels-last:
-    they are stacked as (B, H, W, 3), the order in which sources hold their pixels."""
-    x_u8, *rest = default_collate([(x.permute(1, 2, 0), *rest) for x, *rest in items])
-    return [x_u8.permute(0, 3, 1, 2), *rest]
+def shared_empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Like `torch.empty`, in memory that the queue to another process does not copy."""
+    new_shared = getattr(torch.UntypedStorage, "_new_shared", None)
+    if new_shared is None:  # no public name: without it, the queue copies the batch once
+        return torch.empty(shape, dtype=dtype)
+    storage = new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def make_loader(
@@ -173,7 +195,7 @@ def make_loader(
     ("fork", "spawn"; None: Python's default). No random number is drawn, here or in a worker.
     """
     loader = Loader(
-        _Batches(source),
+        _Batches(source, pin_memory and torch.cuda.is_available()),
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=pin_memory,

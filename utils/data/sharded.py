@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from models.errors import UserError, read_json, shown, what_is
 from utils.files import format_bytes, locked, read_lines, read_record, sync, write_json
@@ -343,14 +343,31 @@ class ShardedRows:
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Row i, a read-only view of the mapped file."""
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        shard = int(np.searchsorted(self._ends, i, side="right"))
+        shards, within = self._places(np.array([i]))
+        return self._map(int(shards[0]))[within[0]]
+
+    def gather(self, indices: ArrayLike, out: np.ndarray) -> None:
+        """Copy the rows at `indices` (n,) into `out` (n, ...), read in their order on disk."""
+        shards, within = self._places(np.asarray(indices))
+        assert out.shape == (len(within), *self.row[0]) and out.dtype == self.row[1]
+        order = np.lexsort((within, shards)).tolist()
+        for k, shard, row in zip(order, shards[order].tolist(), within[order].tolist()):
+            out[k] = self._map(shard)[row]
+
+    def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each row (n,), its shard, and its number in it, counted from the end: negative."""
+        if len(wrong := indices[(indices < 0) | (indices >= len(self))]):
+            raise IndexError(int(wrong[0]))
+        shards = np.searchsorted(self._ends, indices, side="right")
+        return shards, indices - self._ends[shards]
+
+    def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
             if len(self._maps) >= self.open_files:
                 del self._maps[next(iter(self._maps))]
             try:
-                self._maps[shard] = npy.open_memmap(self.files[shard], "r")
+                # a plain array over the map: its rows are taken without numpy.memmap's overhead
+                self._maps[shard] = np.asarray(npy.open_memmap(self.files[shard], "r"))
             except (OSError, ValueError) as error:  # since the start, it went away
                 raise UserError(f"{self.files[shard]} {error}; {self.remedy}") from error
-        return self._maps[shard][i - int(self._ends[shard])]  # negative: counted from the end
+        return self._maps[shard]

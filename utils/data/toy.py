@@ -1,12 +1,14 @@
 """Data that need no files: scikit-learn's digits, and noise for benchmarks."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from utils.data.base import Source
+from utils.data.base import Allocator, Source
 from utils.data.images import array_to_u8
 
 DIGITS_SPLIT_SEED = 20250416  # a constant, so that "test" is the same 20% for everybody
@@ -33,9 +35,20 @@ class DigitsSource(Source):
         self.labels = digits.target[self._indices].astype(np.int64)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return array_to_u8(self._resized(i).convert("RGB")), int(self.labels[i])
+
+    def read_batch(
+        self, indices: Sequence[int], empty: Allocator = torch.empty
+    ) -> tuple[list[torch.Tensor], dict[str, str]]:
+        """As `Source.read_batch`: grey is written three times into the batch."""
+        rows = empty((len(indices), self.resolution, self.resolution, 3), dtype=torch.uint8)
+        for row, i in zip(rows.numpy(), indices):
+            _interleave([np.asarray(self._resized(i))] * 3, row)
+        return [rows.permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])], {}
+
+    def _resized(self, i: int) -> Image.Image:
         size = (self.resolution, self.resolution)
-        image = Image.fromarray(self._grey[i]).resize(size, Image.Resampling.BICUBIC)
-        return array_to_u8(image.convert("RGB")), int(self.labels[i])
+        return Image.fromarray(self._grey[i]).resize(size, Image.Resampling.BICUBIC)
 
     def key(self, i: int) -> str:
         """The digit's index in scikit-learn's set, whatever the split."""
@@ -54,6 +67,13 @@ def _split_digits(labels: np.ndarray, split: str) -> np.ndarray:
     return np.flatnonzero(chosen)
 
 
+def _interleave(channels: Sequence[np.ndarray] | np.ndarray, row: np.ndarray) -> None:
+    """Write three channels (H, W) into `row` (H, W, 3): one by one, numpy and torch are 4 to 8
+    times faster than with the permuted array."""
+    for channel, values in enumerate(channels):
+        row[..., channel] = values
+
+
 class SyntheticSource(Source):
     """10,000 images of noise in 1,000 classes, a function of the index: for benchmarks only."""
 
@@ -66,11 +86,23 @@ class SyntheticSource(Source):
         self.labels = np.arange(10_000) % 1000
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return torch.from_numpy(self._noise(i)), int(self.labels[i])
+
+    def read_batch(
+        self, indices: Sequence[int], empty: Allocator = torch.empty
+    ) -> tuple[list[torch.Tensor], dict[str, str]]:
+        """As `Source.read_batch`, without a copy of the batch."""
+        rows = empty((len(indices), self.resolution, self.resolution, 3), dtype=torch.uint8)
+        for row, i in zip(rows.numpy(), indices):
+            _interleave(self._noise(i), row)
+        return [rows.permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])], {}
+
+    def _noise(self, i: int) -> np.ndarray:
         if not 0 <= i < len(self):
             raise IndexError(i)
         shape = (3, self.resolution, self.resolution)
-        noise = np.random.Philox(key=i).random_raw(-(-np.prod(shape) // 8)).view(np.uint8)
-        return torch.from_numpy(np.resize(noise, shape)), int(self.labels[i])
+        noise = np.random.Philox(key=i).random_raw(-(-math.prod(shape) // 8)).view(np.uint8)
+        return noise[: math.prod(shape)].reshape(shape)
 
     def key(self, i: int) -> str:
         return str(i)

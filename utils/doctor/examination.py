@@ -27,4 +27,4 @@ def examine(
     yield from weights.check_weights(c, source, found)
     yield from run_folder.check_disk(c, nets)
     # last: the estimate turns `nets` into fake tensors
-    yield from memory.check_memory(c, nets, rank_batch, gpu_memory, train_step)
+    yield from memory.check_memory(c, nets, ranks, rank_batch, gpu_memory, train_step)

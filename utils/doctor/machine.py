@@ -11,10 +11,11 @@ import torch
 from packaging.requirements import Requirement
 
 from utils.config.schema import Config
+from utils.cost.fake_run import cached_rows
 from utils.data.sampling import PREFETCH
 from utils.doctor.findings import Finding, check, fail, ok, warn
 from utils.files import format_bytes
-from utils.training.cost import cached_rows
+from utils.precision import emulation_note
 from utils.training.networks import Networks, count
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
@@ -57,6 +58,8 @@ def check_device(c: Config, ranks: int, nets: Networks | None) -> Iterator[Findi
     gpus = gpu_names()
     if not gpus:
         text = f"no GPU here: training would run on {cpu_cores()} CPU cores"
+        if note := emulation_note(c.run.precision, "cpu"):
+            text += f"; run.precision={c.run.precision}: {note}"
         big = nets and count(nets.sit) > TOO_BIG_FOR_CPU
         yield warn(f"{text}, too slow for this SiT") if big else ok(text)
         return

@@ -5,11 +5,11 @@ from collections.abc import Generator, Iterator
 from utils.config import resuming
 from utils.config.load import CONFIG_FILE, read_saved_config
 from utils.config.schema import Config
+from utils.cost.memory import checkpoint_bytes
 from utils.data.base import Source
 from utils.doctor.findings import Finding, check, fail, ok, warn
 from utils.files import files_below, format_bytes, free_disk
 from utils.run_lock import check_unlocked
-from utils.training.cost import checkpoint_bytes
 from utils.training.networks import Networks
 from utils.training.plan import Start, changes_since, check_run_folder, starting_point
 

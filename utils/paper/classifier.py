@@ -83,7 +83,7 @@ def fit(
 ) -> None:
     """Train with AdamW, a learning rate that falls linearly to zero, label smoothing, and small
     random affine maps of the images."""
-    opt = torch.optim.AdamW(model.net.parameters(), lr=lr, weight_decay=0.05)
+    opt = torch.optim.AdamW(model.net.parameters(), lr=lr, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         opt, lr, total_steps=steps, pct_start=0.1, anneal_strategy="linear"
     )

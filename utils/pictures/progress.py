@@ -15,6 +15,7 @@ from utils.sampling.load import (
     load_networks,
     open_checkpoint,
     require_checkpoint,
+    settings_for,
 )
 from utils.sampling.settings import SamplingSettings
 
@@ -33,6 +34,8 @@ def progress_rows(
         found += whole
     if not found:
         raise UserError("name checkpoints like exps/NAME/checkpoints/0400000, or --run exps/NAME")
+    device = default_device()
+    settings = settings_for(device, settings)
     checkpoints = [open_checkpoint(folder, guided(folder, settings)) for folder in found]
     num_classes = {c.num_classes for c in checkpoints}
     if len(num_classes) > 1:
@@ -40,7 +43,7 @@ def progress_rows(
         raise UserError(f"these checkpoints know {words} classes: labels cannot be shared")
     check_balance(settings, num, *num_classes)
     several = len({name_of(c.folder)[0] for c in checkpoints}) > 1
-    rows, device = [], default_device()
+    rows = []
     for c in checkpoints:
         nets = load_networks(c.folder, c.settings, device)
         images = draw_images(c.settings, *nets, range(num), device)

@@ -41,10 +41,20 @@ class GaussianField(torch.nn.Module):
 
 def gaussian_curves() -> Curves:
     """Errors for Gaussian data, whose velocity and solution are known in closed form."""
+    return measure(gaussian_error)
+
+
+def gaussian_error(solver: str, steps: int) -> float:
+    """Root mean square error of the latents of Gaussian data, by the exact solution."""
     std = torch.linspace(0.2, 1.0, 4, dtype=torch.float64).view(4, 1, 1)
     noise = torch.randn(4, 4, 16, 16, generator=generator("plot"), dtype=torch.float64)
     field, y = GaussianField(0.5, std), torch.zeros(4, dtype=torch.int64)
-    return measure(partial(sample, field, noise, y), 0.5 + std * noise)
+    return rms(sample(field, noise, y, solver=solver, steps=steps) - (0.5 + std * noise))
+
+
+def rms(error: Tensor) -> float:
+    """Root mean square."""
+    return float(error.square().mean().sqrt())
 
 
 def checkpoint_curves(
@@ -61,19 +71,17 @@ def checkpoint_curves(
     noise = torch.randn(num, sit.config.in_channels, side, side, generator=g).to(device)
     y = torch.arange(num, device=device) % sit.config.num_classes
     solve = partial(sample, sit, noise, y, path=path, cfg_scale=cfg_scale, guidance=guidance)
-    return measure(solve, solve(solver="ode-heun", steps=REFERENCE_STEPS))
+    solution = solve(solver="ode-heun", steps=REFERENCE_STEPS)
+    return measure(lambda solver, steps: rms(solve(solver=solver, steps=steps) - solution))
 
 
-def measure(solve: Callable[..., Tensor], solution: Tensor) -> Curves:
-    """The errors of `solve(solver=..., steps=...)` against `solution`."""
-    curves = {}
-    for solver, row in SOLVERS.items():
-        if row.times is not ode_times:  # the SDE has no one solution
-            continue
-        errors = [(solve(solver=solver, steps=n) - solution).square().mean().sqrt() for n in STEPS]
-        calls = [network_calls(solver, steps) for steps in STEPS]
-        curves[solver] = list(zip(calls, map(float, errors)))
-    return curves
+def measure(error: Callable[[str, int], float]) -> Curves:
+    """`error(solver, steps)` of each solver with each number of steps."""
+    return {
+        solver: [(network_calls(solver, steps), error(solver, steps)) for steps in STEPS]
+        for solver, row in SOLVERS.items()
+        if row.times is ode_times  # the SDE has no one solution
+    }
 
 
 def save_curves(path: Path, panels: dict[str, Curves]) -> None:

@@ -1,7 +1,9 @@
 """From a checkpoint to images on disk, for sample_ddp.py and for pictures in training.
 
 settings.py  every setting of sampling with its default: flags, checks and JSON derive from it
-images.py    the noise and label of image i, and the images of a range of indices
+noise.py     the noise of image i, counter-based, on any device
+images.py    the label of image i, and the images of a range of indices
 load.py      a checkpoint that is sampled from: its configs, hashes, networks
+background.py  a thread that writes finished blocks while the next one is made
 output.py    finished blocks on disk, and NAME.npz with what lies beside it
 """

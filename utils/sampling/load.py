@@ -13,10 +13,18 @@ from models.sit import SiT, load_sit, read_sit_config
 from models.vae import VAE, build_vae, load_vae
 from models.weights import CONFIG
 from utils.checkpoint import SIT_EMA, VAE_FOLDER, Checkpoints
+from utils.compilation import compile_network
 from utils.files import files_below, sha256_file
-from utils.precision import DTYPES, allow_tf32
+from utils.precision import (
+    DTYPES,
+    allow_tf32,
+    cast_weights,
+    effective_precision,
+    emulation_note,
+    to_channels_last,
+)
 from utils.sampling.images import NOISE_VERSION
-from utils.sampling.settings import SamplingSettings
+from utils.sampling.settings import SamplingSettings, flag_of
 from utils.sealed import STATE, CheckpointState, read_state_json
 
 
@@ -35,6 +43,19 @@ class SampledCheckpoint:
         facts = {"num_samples": num_samples, "noise_version": NOISE_VERSION}
         facts |= {"resolution": self.resolution, "num_classes": self.num_classes}
         return self.settings.that_decide_pixels() | facts | {"weights": self.weights}
+
+
+def settings_for(device: torch.device, settings: SamplingSettings) -> SamplingSettings:
+    """The settings with precisions that `device` has, as they decide pixels and are recorded; a
+    line tells of each change."""
+    for name in ("precision", "decode_precision"):
+        asked = getattr(settings, name)
+        if asked not in DTYPES:  # "tf32", or that of the process
+            continue
+        if note := emulation_note(asked, device):
+            print(f"{flag_of(name)} {asked}: {note}")
+        settings = replace(settings, **{name: effective_precision(asked, device)})
+    return settings
 
 
 def open_checkpoint(folder: Path, settings: SamplingSettings) -> SampledCheckpoint:
@@ -97,16 +118,24 @@ def check_balance(settings: SamplingSettings, num_samples: int, num_classes: int
 def load_networks(
     checkpoint: Path, settings: SamplingSettings, device: torch.device
 ) -> tuple[SiT, VAE]:
-    """EMA SiT in the sampling precision, without its projectors, and the VAE in float32, both
-    frozen. Sets TF32 for the process, as `settings` say."""
+    """EMA SiT and VAE of a checkpoint, as `prepare_networks` makes them."""
+    sit = load_sit(checkpoint / SIT_EMA)
+    return prepare_networks(sit, load_vae(str(checkpoint / VAE_FOLDER)), settings, device)
+
+
+def prepare_networks(
+    sit: Any, vae: VAE, settings: SamplingSettings, device: torch.device
+) -> tuple[SiT, VAE]:
+    """The SiT in the sampling precision, without its projectors, and the VAE in float32, both
+    frozen, on a GPU with convolutions in NHWC. Sets TF32 for the process, as `settings` say."""
     allow_tf32(settings.tf32)
-    sit: Any = load_sit(checkpoint / SIT_EMA)
     sit.projectors = torch.nn.ModuleList()
-    if settings.precision != "fp32":
-        for module in sit.modules():  # the big weights once, not at every call; norms stay float32
-            if isinstance(module, torch.nn.Linear):
-                module.to(DTYPES[settings.precision])
-    sit = sit.to(device).eval().requires_grad_(False)
+    cast_weights(sit, settings.precision)
+    for net in (sit, vae):
+        net.to(device).eval().requires_grad_(False)
+    if device.type == "cuda":
+        to_channels_last(vae)
     if settings.compile:
-        sit.compile(dynamic=False)  # few batch sizes: see `split_evenly`, and twice under guidance
-    return sit, load_vae(str(checkpoint / VAE_FOLDER)).to(device).eval().requires_grad_(False)
+        compile_network(sit)
+        compile_network(vae, "decode")
+    return sit, vae

@@ -35,7 +35,7 @@ from utils.files import (
     write_json,
 )
 from utils.provenance import versions
-from utils.sampling.images import draw_labels
+from utils.sampling.images import DrawnImages, draw_labels
 from utils.sampling.load import SampledCheckpoint
 from utils.sampling.settings import BLOCK
 
@@ -101,8 +101,9 @@ class SampleFiles:
         self.blocks.begin()
         return todo
 
-    def write(self, block: int, images: torch.Tensor) -> None:
-        """All images of a block, (n, 3, H, W) uint8; a kill leaves the whole block or none."""
+    def write(self, block: int, drawn: DrawnImages) -> None:
+        """All images of a block; a kill leaves the whole block or none."""
+        images = drawn.result()
         self.blocks.draft(block)["images"][:] = images.permute(0, 2, 3, 1).numpy()
         self.blocks.seal(block, {"images": len(images)})
 

@@ -15,13 +15,21 @@ from loss.interpolant import PATHS
 from models.errors import UserError
 from utils import cli
 from utils.records import Range
-from utils.samplers import GUIDANCE_INTERVAL, SOLVERS, least_steps
+from utils.samplers import (
+    GUIDANCE_INTERVAL,
+    PRESETS,
+    SOLVERS,
+    Preset,
+    least_steps,
+    network_calls,
+)
 
 # Images in a finished block on disk, and so the largest batch. A block is what a kill can cost each
 # rank; small ones are shared evenly: 8 ranks make 50,000 images in 63 rounds, 62.5 would be ideal.
 # 100 images or fewer are made by one rank: more would have to take smaller batches.
 BLOCK = 100
 LOW, HIGH = GUIDANCE_INTERVAL
+DEFAULT = next(iter(PRESETS))
 SHIFT: dict[str, Any] = {"above": 1e-3, "at_most": 1000}
 SCALE: dict[str, Any] = {"at_least": 0, "at_most": 1000}
 # of settings that decide speed and memory alone
@@ -40,39 +48,51 @@ def setting(
 @dataclass(frozen=True)
 class SamplingSettings:
     """How images are sampled, whatever the checkpoint and the number of images. Each field is a
-    flag, e.g. --cfg-scale. Default solver and steps are those of the published tables."""
+    flag, e.g. --cfg-scale. A solver and its steps are chosen together by --preset, and each by its
+    own flag, which wins."""
 
-    solver: str = setting("sde", "see utils/samplers.py", choices=SOLVERS)
-    steps: int = setting(250, "steps of the solver", at_least=1, at_most=10**6)
+    solver: str = setting(PRESETS[DEFAULT].solver, "see utils/samplers.py", choices=SOLVERS)
+    steps: int = setting(PRESETS[DEFAULT].steps, "of the solver", at_least=1, at_most=10**6)
     cfg_scale: float = setting(1.0, "classifier-free guidance; 1 = none", **SCALE)
     guidance_low: float = setting(LOW, "guide from this t (0 = data) ...", at_least=0, at_most=1)
     guidance_high: float = setting(HIGH, "... to this t (1 = noise)", at_least=0, at_most=1)
     timestep_shift: float = setting(1.0, "above 1: more steps near the noise", **SHIFT)
     class_balanced: bool = setting(False, "labels 0, 1, 2, ... in turn, not at random")
     seed: int = setting(0, "image i depends on (seed, i) alone", at_least=0)
-    precision: str = setting("bf16", "of the SiT; the VAE is fp32", choices=("bf16", "fp32"))
+    precision: str = setting("bf16", "of the SiT", choices=("bf16", "fp32"))
+    decode_precision: str | None = setting(
+        None, "of the VAE; default: fp32, with --tf32 tf32", choices=("fp32", "tf32", "bf16")
+    )
     path: str | None = setting(None, "interpolant; default: that of the run", choices=PATHS)
     uint8: str = setting("round", "truncate = as published", choices=("round", "truncate"))
     tf32: bool = setting(False, "TF32 in what is float32, as the published samples")
-    compile: bool = setting(False, "torch.compile the SiT")
+    compile: bool = setting(False, "torch.compile SiT and decoder, for one size of batches")
     batch_size: int = setting(64, "images per rank and network call", **SPEED, at_most=BLOCK)
     decode_batch_size: int = setting(16, "images the VAE decodes at a time", **SPEED)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser, **defaults: Any) -> None:
-        """One flag for each field, for `from_args`. `defaults` are a program's own."""
+        """One flag for each field, and --preset, for `from_args`. `defaults` are a program's own:
+        of any field, or the name of a preset in place of `solver` and `steps`."""
+        chosen = defaults.pop("preset", DEFAULT)
+        parser.add_argument("--preset", choices=PRESETS, default=chosen, help=describe_presets())
         for f in fields(cls):
             how: dict[str, Any] = {"action": "store_true"}
             if not isinstance(f.default, bool):
                 how = {"type": flag_type(f)}
                 how |= {"default": defaults.get(f.name, f.default)}
                 how |= {"choices": f.metadata["choices"] or None}
-            parser.add_argument(flag_of(f.name), help=f.metadata["help"], **how)
+            help = f.metadata["help"]
+            if f.name in Preset._fields and f.name not in defaults:
+                how, help = how | {"default": None}, f"{help}; default: that of --preset"
+            parser.add_argument(flag_of(f.name), help=help, **how)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> SamplingSettings:
         """The settings among the arguments; `UserError` for values that no run could use."""
-        settings = cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
+        given: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(cls)}
+        preset: dict[str, Any] = PRESETS[args.preset]._asdict()
+        settings = cls(**given | {n: preset[n] for n in preset.keys() & given if given[n] is None})
         settings.check()
         return settings
 
@@ -89,7 +109,7 @@ class SamplingSettings:
                 raise UserError(f"{flag} {value} must be {words}")
         solver, steps, least = self.solver, self.steps, least_steps(self.solver)
         if steps < least:
-            raise UserError(f"--solver {solver} needs --steps {least} or more, not {steps}")
+            raise UserError(f"--solver {solver} needs {least} steps or more, not {steps}")
         low, high = self.guidance_low, self.guidance_high
         if low > high:
             raise UserError(f"--guidance-low {low} must not be above --guidance-high {high}")
@@ -97,6 +117,7 @@ class SamplingSettings:
     def that_decide_pixels(self) -> dict[str, Any]:
         """What identifies samples: every field but those that decide speed and memory alone."""
         values = asdict(self)
+        values["decode_precision"] = self.decode_precision or ("tf32" if self.tf32 else "fp32")
         return {f.name: values[f.name] for f in fields(self) if f.metadata["pixels"]}
 
 
@@ -105,6 +126,16 @@ def flag_type(f: Field) -> Callable[[str], Any]:
     kind = str if f.default is None else type(f.default)
     sides = f.metadata["range"] or Range()
     return cli.number(kind, **sides._asdict()) if kind in (int, float) else kind
+
+
+def describe_presets() -> str:
+    """The presets in one line, for the help."""
+    words = []
+    for name, preset in PRESETS.items():
+        calls = network_calls(preset.solver, preset.steps)
+        error = f", error {preset.error:.1e}" if preset.error else ""
+        words.append(f"{name} = {preset.solver}, {preset.steps} steps ({calls} calls{error})")
+    return f"solver and steps: {'; '.join(words)}"
 
 
 def flag_of(name: str) -> str:

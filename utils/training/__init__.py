@@ -1,7 +1,7 @@
 """What surrounds the training step of train_repae.py.
 
 networks.py           the record of all networks; how they are built, loaded, made ready to train
-trained_network.py    one network with its optimizer, gradient synchronisation and loss scale
+trained_network.py    one network with its optimizer, gradient averages and loss scale; sharding
 batch.py              the images of one step; micro-batches, averages over them; loader to device
 draws.py              the random numbers of one step
 ema.py                moving average of the SiT
@@ -12,5 +12,4 @@ preview.py            pictures of samples and reconstructions
 online_evaluation.py  small evaluations of the EMA weights
 plan.py               what --dry-run prints
 phases.py             named ranges of the step, for profilers, counters and clocks
-cost.py               memory of a step, measured on fake tensors
 """

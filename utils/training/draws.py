@@ -4,11 +4,14 @@ Keyed by (seed, step, rank): nothing to save, so a resumed run draws what an uni
 would, and a test can hand in numbers of its own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 
 from loss.interpolant import time_from_normal
+from utils.config.schema import Config
 from utils.random import generator
 
 
@@ -31,6 +34,21 @@ class Draws:
         """The numbers of `num` micro-batches, in order."""
         chunks = [getattr(self, f.name).chunk(num) for f in fields(self)]
         return [Draws(*columns) for columns in zip(*chunks)]
+
+
+def drawing(config: Config, rank: int = 0, device: torch.device | str = "cpu") -> Callable:
+    """`draw` for the run that `config` describes, on one rank: latent_shape and step are left to be
+    given."""
+    return partial(
+        draw,
+        seed=config.run.seed,
+        rank=rank,
+        device=device,
+        hflip=config.data.hflip,
+        time=config.loss.diffusion.time,
+        path=config.loss.diffusion.path,
+        class_dropout_prob=config.sit.class_dropout_prob,
+    )
 
 
 def draw(

@@ -1,10 +1,14 @@
 """Exponential moving average of a network's weights and of its floating-point buffers."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.nn as nn
+
+from utils.training.trained_network import Shares
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -22,30 +26,56 @@ def ema_decay(step: int, decay: float, warmup: bool) -> float:
 class EmaUpdate:
     """Updates `ema` from `net`: ema <- decay * ema + (1 - decay) * net, running statistics
     included; integer buffers are copied. The pairs of tensors are listed once, not at every step:
-    make a new one if a tensor of either network is replaced by another."""
+    make a new one if a tensor of either network is replaced by another.
 
-    def __init__(self, ema: nn.Module, net: nn.Module):
+    `shares` of the parameters of `net`: each rank updates and keeps only what it owns of `ema`. The
+    other parameters then are on the meta device, without memory, except inside `whole`.
+    """
+
+    def __init__(self, ema: nn.Module, net: nn.Module, shares: Shares | None = None):
+        self.ema, self.shares, self.names = ema, shares, []
+        if shares:
+            names = {id(p): name for name, p in net.named_parameters()}
+            self.names = [names[id(p)] for p in shares.params]
+        owners = zip(self.names, shares.owners if shares else [])
+        self.dropped = [name for name, owner in owners if shares and owner != shares.rank]
         targets, sources = ema.state_dict(), net.state_dict()
         assert targets.keys() == sources.keys(), targets.keys() ^ sources.keys()
-        averaged = [name for name, value in sources.items() if value.is_floating_point()]
+        kept = {name: value for name, value in sources.items() if name not in {*self.dropped}}
+        averaged = [name for name, value in kept.items() if value.is_floating_point()]
         self.averages = [targets[name] for name in averaged]
-        self.values = [sources[name] for name in averaged]
-        self.copies = [(targets[n], v) for n, v in sources.items() if not v.is_floating_point()]
+        self.values = [kept[name] for name in averaged]
+        self.copies = [(targets[n], v) for n, v in kept.items() if not v.is_floating_point()]
+        self._place("meta")
 
     @torch.no_grad()
     def __call__(self, decay: float, left_out: torch.Tensor | None = None) -> None:
         """`left_out` (), bool: whether `ema` stays as it is, known to the device alone."""
-        if left_out is not None:
-            self._unless(left_out, 1 - decay)
-            return
         lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
-        lerp(self.averages, self.values, 1 - decay)
+        if left_out is None:
+            lerp(self.averages, self.values, 1 - decay)
+        else:
+            weight = torch.where(left_out, 0.0, 1 - decay)
+            lerp(self.averages, self.values, [weight] * len(self.values))
         for target, value in self.copies:
-            target.copy_(value)
+            target.copy_(value if left_out is None else torch.where(left_out, target, value))
 
-    def _unless(self, left_out: torch.Tensor, weight: float) -> None:
-        weights = torch.where(left_out, 0.0, weight)
-        for target, value in zip(self.averages, self.values):
-            target.lerp_(value, weights)
-        for target, value in self.copies:
-            target.copy_(torch.where(left_out, target, value))
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All ranks together: inside, each holds all of `ema`, for what samples or saves it."""
+        if not self.shares:
+            yield
+            return
+        self._place(self.averages[0].device)
+        self.shares.exchange([self.ema.get_parameter(name) for name in self.names])
+        try:
+            yield
+        finally:
+            self._place("meta")
+
+    def _place(self, device: torch.device | str) -> None:
+        """Put new tensors, without values, in place of the parameters that other ranks own."""
+        for name in self.dropped:
+            owner, _, leaf = name.rpartition(".")
+            p = torch.empty_like(self.ema.get_parameter(name), device=device)
+            setattr(self.ema.get_submodule(owner), leaf, nn.Parameter(p, requires_grad=False))

@@ -15,17 +15,24 @@ from loss.gan import LeCam
 from models.discriminator import PatchGAN
 from models.encoders import Encoder, load_encoder
 from models.errors import UserError
-from models.lpips import load_lpips
+from models.lpips import halve, load_lpips
 from models.sit import SiT
 from models.vae import VAE, build_vae, load_vae
 from models.weights import WeightFile, load_strictly, read_state
 from utils import checkpoint as ckpt
+from utils.compilation import compile_network
 from utils.config.schema import Config
 from utils.data.base import Source
 from utils.data.latent_stats import measure_latents
 from utils.data.latents import LatentCache
 from utils.distributed import Ranks
-from utils.precision import autocast
+from utils.precision import (
+    autocast,
+    cast_weights,
+    effective_precision,
+    emulation_note,
+    to_channels_last,
+)
 from utils.random import generator
 from utils.training.ema import EmaUpdate, make_ema
 from utils.training.trained_network import TrainedNetwork
@@ -49,8 +56,9 @@ class Networks:
     ema: SiT = field(init=False)
     update_ema: EmaUpdate = field(init=False)
     trained: dict[str, TrainedNetwork] = field(default_factory=dict)
-    precision: str = "fp32"
+    precision: str = "fp32"  # of the forward passes; run.precision where the device has it
     channels_last: bool = False  # whether convolutions work on NHWC memory
+    cuda_graphs: bool = False  # whether what networks return lasts for one step alone
 
     def autocast(self) -> torch.autocast:
         """Mixed precision, for forwards only."""
@@ -104,14 +112,20 @@ def build_networks(
     nets = Networks(vae, sit, disc, encoders=[encoder.to(device) for encoder in encoders])
     nets.lpips = lpips.to(device) if lpips else None
     nets.lecam = LeCam().to(device) if disc and c.loss.reg.lecam else None
-    nets.precision = c.run.precision
+    nets.precision = effective_precision(c.run.precision, device)
+    if note := emulation_note(c.run.precision, device):
+        Ranks().print(f"run.precision={c.run.precision}: {note}")
     prepare_for_training(nets, c, accelerator)
+    if c.run.shard_optimizer and not nets.trained["sit"].shares:
+        Ranks().print("run.shard_optimizer changes nothing: a single process keeps the whole state")
     if origin is None:
         nets.ema = make_ema(sit)
     else:
         about = (c, vae, source.num_classes, dims, device)
         nets.ema = load_or_initialize_sit(*about, origin, ckpt.SIT_EMA).eval().requires_grad_(False)
-    nets.update_ema = EmaUpdate(nets.ema, sit)
+    nets.update_ema = EmaUpdate(nets.ema, sit, nets.trained["sit"].shares)
+    if c.run.compile:
+        compile_network(nets.ema)
     if checkpoint is not None:
         ckpt.restore_training_state(nets, checkpoint)
     for trained in nets.trained.values():
@@ -125,7 +139,8 @@ def restore_networks(nets: Networks, checkpoint: Path) -> None:
     vae = load_vae(str(checkpoint / ckpt.VAE_FOLDER))
     nets.vae.load_state_dict(vae.state_dict())
     ckpt.load_sit_weights(nets.sit, checkpoint, ckpt.SIT)
-    ckpt.load_sit_weights(nets.ema, checkpoint, ckpt.SIT_EMA)
+    with nets.update_ema.whole():
+        ckpt.load_sit_weights(nets.ema, checkpoint, ckpt.SIT_EMA)
     if nets.disc:
         ckpt.load_discriminator_weights(nets.disc, checkpoint)
     ckpt.restore_training_state(nets, checkpoint)
@@ -235,8 +250,7 @@ def skeleton(c: Config, num_classes: int, origin: Path | None = None) -> Network
     nets = Networks(vae, sit, disc, [] if c.encoder.cached else encoders)
     nets.ema = make_ema(sit)
     nets.lecam = LeCam() if disc and c.loss.reg.lecam else None
-    # the loss scale of fp16 would be read back, which fake tensors refuse; sizes are those of bf16
-    nets.precision = "bf16" if c.run.precision == "fp16" else c.run.precision
+    nets.precision = c.run.precision
     return nets
 
 
@@ -264,24 +278,29 @@ def prepare_for_training(nets: Networks, c: Config, accelerator: Accelerator) ->
     """Memory format, checkpointing, compilation, and a `TrainedNetwork` for each that trains."""
     on_gpu = accelerator.device.type == "cuda"
     nets.channels_last = on_gpu if c.run.channels_last is None else c.run.channels_last
+    for encoder in nets.encoders:
+        cast_weights(encoder, nets.precision)
+    halves = c.run.lpips_precision == "fp16" == effective_precision("fp16", accelerator.device)
+    if nets.lpips and halves:
+        halve(nets.lpips)
     if nets.channels_last:
         for net in filter(None, (nets.vae, nets.disc, nets.lpips)):
-            _to_channels_last(net)
+            to_channels_last(net)
     if c.run.checkpointing in ("sit", "both"):
         nets.sit.enable_gradient_checkpointing()
     if c.run.checkpointing in ("vae", "both"):
         nets.vae.enable_gradient_checkpointing()
+    ranks = accelerator.num_processes
+    nets.cuda_graphs = _uses_cuda_graphs(c, on_gpu, ranks)
     if c.run.compile:
-        for net in filter(None, (nets.vae, nets.sit, nets.disc)):
-            net.compile()
-        if not c.vae.train:  # a frozen VAE is called by its encoder alone
-            nets.vae.encode = torch.compile(nets.vae.encode)
+        _compile(nets, c, ranks)
     nets.vae.eval()  # no dropout in it: train and eval mode are the same
     trained = {"vae": (nets.vae, c.vae.optim)} if c.vae.train else {}
     trained |= {"sit": (nets.sit, c.sit.optim)}
     trained |= {"disc": (nets.disc, c.disc.optim)} if nets.disc else {}
     for name, (net, optim) in trained.items():
-        nets.trained[name] = TrainedNetwork(net, optim, accelerator, c.run.precision)
+        about = (accelerator, c.run.precision, c.run.shard_optimizer)
+        nets.trained[name] = TrainedNetwork(net, optim, *about)
         if c.run.on_nonfinite == "skip":
             averages = [nets.lecam] if name == "disc" and nets.lecam else []
             nets.trained[name].skip_nonfinite(*averages)
@@ -289,11 +308,29 @@ def prepare_for_training(nets: Networks, c: Config, accelerator: Accelerator) ->
         nets.vae.requires_grad_(False)
 
 
-def _to_channels_last(net: nn.Module) -> None:
-    """Layer by layer: Qwen's VAE has 3-D convolutions too, which a blanket conversion refuses."""
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
+def _compile(nets: Networks, c: Config, ranks: int) -> None:
+    """All networks but the EMA, which does not exist yet; those that run between steps, and what
+    waits for other ranks inside, without CUDA graphs."""
+    compile_network(nets.vae, "encode", "decode", cuda_graphs=nets.cuda_graphs)
+    for net in filter(None, (nets.sit, nets.lpips, *nets.encoders)):
+        compile_network(net, cuda_graphs=nets.cuda_graphs)
+    if nets.disc:
+        alone = ranks == 1 or c.disc.norm != "batch"
+        compile_network(nets.disc, cuda_graphs=nets.cuda_graphs and alone)
+
+
+def _uses_cuda_graphs(c: Config, on_gpu: bool, ranks: int) -> bool:
+    """Whether training replays CUDA graphs; where the setting asks for more, a line says so."""
+    if c.run.compile_mode != "reduce-overhead":
+        return False
+    less = "run.compile_mode=reduce-overhead: "
+    if not (c.run.compile and on_gpu):
+        why = "there is no GPU" if c.run.compile else "run.compile=false"
+        Ranks().print(f"{less}no CUDA graphs, as {why}")
+        return False
+    if c.uses_disc and ranks > 1 and c.disc.norm == "batch":
+        Ranks().print(f"{less}no CUDA graphs of the discriminator, whose batch norm joins ranks")
+    return True
 
 
 def _seeded(c: Config, name: str, build: Callable):

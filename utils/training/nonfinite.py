@@ -46,11 +46,11 @@ def require_finite(
 ) -> None:
     """Raise `NonFiniteError` on every rank if a tensor of `state`, by what it belongs to, is not
     finite on any; `step` steps are done. The host waits for the device once."""
-    numbers = {name: _numbers(tensors) for name, tensors in state.items()}
-    numbers = {name: tensors for name, tensors in numbers.items() if tensors}
-    flags = torch.stack([_largest(t).isfinite().logical_not() for t in numbers.values()])
+    # a rank may have none of what is shared out, and takes part all the same
+    largest = [_largest(_numbers(tensors), accelerator.device) for tensors in state.values()]
+    flags = torch.stack(largest).isfinite().logical_not()
     found: Any = accelerator.reduce(flags.float(), "sum")
-    names = [name for name, bad in zip(numbers, found.tolist()) if bad]
+    names = [name for name, bad in zip(state, found.tolist()) if bad]
     if names:
         raise NonFiniteError(f"not finite after step {step - 1}: {', '.join(names)}", step - 1)
 
@@ -59,8 +59,10 @@ def _numbers(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
 
 
-def _largest(tensors: list[Tensor]) -> Tensor:
-    """Largest absolute value, (); NaN if there is one."""
+def _largest(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Largest absolute value, (), on `device`; NaN if there is one, 0 if there is nothing."""
+    if not tensors:
+        return torch.zeros((), device=device)
     norms = torch._foreach_norm(tensors, math.inf)  # pyright: ignore[reportPrivateImportUsage]
     return torch.stack(norms).max()
 
@@ -117,7 +119,7 @@ class UpdateGuard:
     def check(self, norm: Tensor) -> Tensor:
         """(), bool: whether the update is to be left out, as the `norm` of the gradients, equal on
         all ranks, or the statistics are not finite; the statistics are then put back."""
-        largest = torch.stack([norm.detach(), *([_largest(self.floats)] if self.floats else [])])
+        largest = torch.stack([norm.detach(), _largest(self.floats, norm.device)])
         bad = largest.isfinite().all().logical_not()
         for now, before in zip(self.statistics, self.before):
             now.copy_(torch.where(bad, before, now))

@@ -10,7 +10,7 @@ from models.errors import UserError
 from models.weights import short
 from utils.config.schema import Config
 from utils.data.base import Source
-from utils.distributed import Ranks
+from utils.distributed import Ranks, default_device
 from utils.evaluation.evaluate import check_network, check_possible, evaluate
 from utils.evaluation.image_sets import SourceImages
 from utils.evaluation.metrics import METRICS, select_metrics
@@ -19,6 +19,7 @@ from utils.evaluation.npz_images import ArrayImages
 from utils.evaluation.options import Options, parse_features
 from utils.evaluation.reference import Reference
 from utils.evaluation.report import scalars
+from utils.precision import effective_precision
 from utils.process.ending import say
 from utils.sampling.images import draw_images
 from utils.sampling.settings import SamplingSettings
@@ -31,6 +32,8 @@ class OnlineEvaluation:
 
     def __init__(self, config: Config, source: Source):
         self.config, self.source, e = config, source, config.eval
+        self.ranks = Ranks() if e.every else None
+        device = self.ranks.device if self.ranks else default_device()
         self.options = Options(features=e.features, metrics=tuple(e.metrics), weights=e.weights)
         self.settings = SamplingSettings(
             seed=config.run.seed,
@@ -38,10 +41,9 @@ class OnlineEvaluation:
             steps=e.steps,
             cfg_scale=e.cfg_scale,
             path=config.loss.diffusion.path,
-            precision=config.run.precision,
+            precision=effective_precision(config.run.precision, device),
             batch_size=e.batch_size,
         )
-        self.ranks = Ranks() if e.every else None
         self.net = load_network(self.options, self.ranks) if self.ranks else None
 
     def measure(self, nets: Networks, check: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -73,17 +75,21 @@ class OnlineEvaluation:
         in `measure`."""
         assert self.ranks is not None, "eval.every=0"
         e, ranks, size = self.config.eval, self.ranks, self.config.data.resolution
-        images = torch.zeros(e.num, 3, size, size, dtype=torch.uint8)
-        starts = range(0, e.num, e.batch_size)
-        for first in range(0, len(starts), ranks.world):
-            for start in starts[first + ranks.rank : first + ranks.rank + 1]:  # at most one
-                block = range(start, min(start + e.batch_size, e.num))
-                images[block.start : block.stop] = draw_images(
-                    self.settings, nets.ema, nets.vae, block, ranks.device
-                )
+        images = torch.empty(e.num, 3, size, size, dtype=torch.uint8)
+        for all_ranks in images_of_rounds(e.num, ranks.world * e.batch_size):
+            # every image is made by one rank and is zero on the others
+            made = torch.zeros(len(all_ranks), 3, size, size, dtype=torch.uint8)
+            own = slice(ranks.rank * e.batch_size, (ranks.rank + 1) * e.batch_size)
+            if block := all_ranks[own]:
+                made[own] = draw_images(self.settings, nets.ema, nets.vae, block, ranks.device)
+            images[all_ranks.start : all_ranks.stop] = ranks.sum(made.to(ranks.device)).cpu()
             check()
-        # every image was made by one rank and is zero on the others
-        return ranks.sum(images.to(ranks.device)).cpu()
+        return images
+
+
+def images_of_rounds(num: int, most: int) -> list[range]:
+    """What all ranks make at a time: a sum of the memory of one round at a time suffices."""
+    return [range(start, min(start + most, num)) for start in range(0, num, most)]
 
 
 def reference_of(config: Config, source: Source) -> str | SourceImages:

@@ -92,13 +92,16 @@ class PeriodicTasks:
             with self.tracker.tolerance.of("pictures"):
                 save_grid(*picture)
 
-        if "preview" in tasks:
-            self.ranks.on_main(lambda: self.previewer.write(nets, step, check, write))
-        if "evaluation" in tasks:
-            # of several ranks, none may leave a reduction alone
-            together = self.stop.check_all if self.stop else lambda: None
-            if values := self.evaluation.measure(nets, together):
-                self.tracker.write(step, values)
+        if not tasks:
+            return
+        with nets.update_ema.whole():
+            if "preview" in tasks:
+                self.ranks.on_main(lambda: self.previewer.write(nets, step, check, write))
+            if "evaluation" in tasks:
+                # of several ranks, none may leave a reduction alone
+                together = self.stop.check_all if self.stop else lambda: None
+                if values := self.evaluation.measure(nets, together):
+                    self.tracker.write(step, values)
 
     def save(self, nets: Networks, step: int, last: bool = False, stopping: bool = False) -> None:
         """One checkpoint, written by the main process while the others wait. `NonFiniteError` if
@@ -109,13 +112,11 @@ class PeriodicTasks:
         minutes or `PATIENCE` seconds; then it raises `NotSavedError` on every rank.
         """
         self.tracker.check()
-        require_finite(nets.tensors(), self.accelerator, step)
-        averages = self.tracker.state_dict()
-
-        def write() -> str | None:
-            return self._try_to_write(contents_of(nets, averages), step, last, stopping)
-
-        problem = self.ranks.on_main(write)
+        with nets.update_ema.whole():
+            require_finite(nets.tensors(), self.accelerator, step)
+            # here and not on the main process alone: ranks hand in what they have shared out
+            contents = contents_of(nets, self.tracker.state_dict())
+            problem = self.ranks.on_main(lambda: self._try_to_write(contents, step, last, stopping))
         if problem and (last or stopping):
             raise NotSavedError(problem)
 

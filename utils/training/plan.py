@@ -39,8 +39,9 @@ from utils.data.base import Source, cautions, describe
 from utils.data.latents import CachedSource, LatentCache
 from utils.data.registry import source_class
 from utils.data.training import join_cache, open_training_data
-from utils.distributed import Ranks, launched_ranks
+from utils.distributed import Ranks, default_device, launched_ranks
 from utils.files import format_bytes
+from utils.precision import emulation_note
 from utils.run_lock import check_unlocked
 from utils.sealed import read_state_json
 from utils.training.networks import (
@@ -328,6 +329,11 @@ def print_plan(c: Config) -> None:
         print(f"{name:>16}: {value}")
     for note in plan.notes:
         print(f"note: {note}")
+    print(
+        "  time, memory : predicted by scripts/benchmark.py --predict h100 with the same arguments"
+    )
+    if note := emulation_note(c.run.precision, default_device()):
+        print(f"note: run.precision={c.run.precision}: {note}")
     if warning := ema_warning(c):
         print(f"warning: {warning[1]}")
 

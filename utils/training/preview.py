@@ -1,4 +1,5 @@
-"""Pictures during training: EMA samples from noises that never change, and reconstructions."""
+"""Pictures during training: EMA samples from noises that never change (images 0, 1, ... of the
+run's seed, as sample_ddp.py makes them with balanced labels), and reconstructions."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from utils.checkpoint import is_step
 from utils.config.schema import Config
 from utils.data.base import Source
 from utils.data.images import pm1_to_u8, save_grid, u8_to_pm1
-from utils.random import generator
-from utils.samplers import sample
+from utils.sampling.images import begin_images
+from utils.sampling.settings import SamplingSettings
 from utils.training.networks import Networks
 
 if TYPE_CHECKING:
@@ -65,26 +66,24 @@ class Previewer:
         self, nets: Networks, check: Callable[[], None] = lambda: None
     ) -> torch.Tensor:
         """(N, 3, H, W) uint8 of the EMA weights; the labels run through the classes in order."""
-        p, seed = self.config.preview, self.config.run.seed
-        shape = (p.num, *nets.vae.latent_shape(self.config.data.resolution))
-        noise = torch.randn(shape, generator=generator("preview", seed)).to(self.device)
-        y = torch.arange(p.num, device=self.device) % self.source.num_classes
-        images = []
-        for number, (chunk, labels) in enumerate(zip(noise.split(CHUNK), y.split(CHUNK))):
-            check()
-            with nets.autocast():
-                z_n = sample(
-                    nets.ema,
-                    chunk,
-                    labels,
-                    solver=p.solver,
-                    steps=p.steps,
-                    cfg_scale=p.cfg_scale,
-                    path=self.config.loss.diffusion.path,
-                    generator=generator("preview sde", seed, number),
-                )
-                images.append(pm1_to_u8(nets.vae.decode(nets.ema.denormalize(z_n))))
-        return torch.cat(images)
+        p, half = self.config.preview, nets.precision != "fp32"
+        settings = SamplingSettings(
+            seed=self.config.run.seed,
+            solver=p.solver,
+            steps=p.steps,
+            cfg_scale=p.cfg_scale,
+            class_balanced=True,
+            path=self.config.loss.diffusion.path,
+            precision=nets.precision,
+            decode_precision=nets.precision if half else None,
+            batch_size=CHUNK,
+            decode_batch_size=CHUNK,
+        )
+        check()
+        drawn = begin_images(
+            settings, nets.ema, nets.vae, range(p.num), self.device, lambda _: check()
+        )
+        return drawn.result(must_be_finite=False)  # a picture shall show what the run has become
 
     @torch.no_grad()
     def reconstruct(self, nets: Networks) -> torch.Tensor:

@@ -331,9 +331,13 @@ def progress_bar(first: int, steps: int, accelerator: Accelerator) -> tqdm:
     return tqdm(initial=first, total=steps, disable=hidden, mininterval=interval, unit="step")
 
 
-def show(bar: tqdm, row: dict[str, float]) -> None:
-    """Throughput and the SiT's losses beside the progress bar."""
+def show(bar: tqdm, row: dict[str, float], batch_size: int) -> None:
+    """Throughput, the share of the time that was spent waiting for data, and the SiT's losses
+    beside the progress bar. `batch_size`: images of one step, on all ranks."""
     if not row:
         return
-    short = {k.rsplit("/", 1)[1]: f"{v:.3f}" for k, v in row.items() if k.startswith("loss/sit/")}
-    bar.set_postfix({"images/s": f"{row['images_per_second']:.1f}"} | short, refresh=False)
+    rate = row["images_per_second"]
+    waiting = row["seconds_waiting_for_data"] * rate / batch_size
+    speed = {"images/s": f"{rate:.1f}", "waiting": f"{waiting:.0%}"}
+    losses = {k.rsplit("/", 1)[1]: f"{v:.3f}" for k, v in row.items() if k.startswith("loss/sit/")}
+    bar.set_postfix(speed | losses, refresh=False)

@@ -1,10 +1,13 @@
 """Tokens in half precision: norms, modulation, residual stream of the SiT."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn as nn
 
-from models.layers.autocast import LayerNorm, add_gated, cast_weights, leave_autocast, modulate
+from models.layers.autocast import LayerNorm, add_gated, leave_autocast, modulate, temporary_weights
 from models.sit import SiT
 
 
@@ -25,11 +28,28 @@ def test_modulation_of_half_tokens_is_the_formula_and_so_are_its_gradients():
         assert a.grad.dtype == a.dtype and relative(a.grad, b) < 4e-3
 
 
+def test_scaled_gradients_of_float16_tokens_do_not_overflow():
+    h = torch.full((1, 4, 8), 300.0).half()
+    scale = torch.zeros(1, 8, requires_grad=True)
+    modulate(h, torch.zeros(1, 8), scale).backward(torch.full_like(h, 1000.0))
+    assert torch.equal(scale.grad, torch.full((1, 8), 4 * 300.0 * 1000.0))
+
+
 def test_small_scales_are_not_lost_beside_one():
     h, zero = torch.ones(1, 1, 256).bfloat16() * 1.5, torch.zeros(1, 256)
     scale = torch.full((1, 256), 0.003)  # 1.003 is 1 in bfloat16; 1.5 x 1.003 = 1.5045 is not 1.5
     assert (modulate(h, zero, scale) != h).all()
     assert torch.equal(modulate(h, zero, zero), h)
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_of_a_layer_stay_outside_autocast(copy):
+    layer = nn.Conv2d(3, 4, 1)
+    leave_autocast(layer)
+    twin, x = copy(layer), torch.randn(1, 3, 2, 2)
+    assert type(twin) is type(layer) and twin.weight is not layer.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        assert twin(x).dtype == torch.float32 and torch.equal(twin(x), layer(x))
 
 
 def test_norm_and_residual_keep_the_format_under_autocast():
@@ -50,17 +70,17 @@ def test_weights_cast_together_are_those_of_autocast_and_so_are_their_gradients(
     with torch.autocast("cpu", torch.bfloat16):
         wanted = net(x)
         exact = torch.autograd.grad(wanted.float().sum(), list(net.parameters()))
-        with cast_weights(net, torch.bfloat16):
+        with temporary_weights(net, torch.bfloat16):
             assert net[0].weight.dtype == torch.bfloat16 and net[2].weight.dtype == torch.float32
             found = net(x)
-        with pytest.raises(ZeroDivisionError), cast_weights(net, torch.bfloat16):
+        with pytest.raises(ZeroDivisionError), temporary_weights(net, torch.bfloat16):
             raise ZeroDivisionError
     assert all(isinstance(p, nn.Parameter) for p in net.parameters())
     assert torch.equal(found, wanted)
     for a, b in zip(torch.autograd.grad(found.float().sum(), list(net.parameters())), exact):
         torch.testing.assert_close(a, b, rtol=0.01, atol=0.01)
     net[0].requires_grad_(False)
-    with torch.autocast("cpu", torch.bfloat16), cast_weights(net, torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), temporary_weights(net, torch.bfloat16):
         assert not net[0](x).requires_grad
 
 

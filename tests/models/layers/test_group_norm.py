@@ -121,6 +121,38 @@ for kernel in (getattr(kernels, name) for name in names):
     )
 
 
+@pytest.mark.parametrize("side", [1024, 2048])
+def test_large_images_are_within_the_grid_of_cuda(side, monkeypatch):
+    """CUDA counts to 2^31 - 1 in a grid's first direction and to 65,535 in the others; the decoder
+    of the SD-VAE has 256 channels at full resolution. On tensors without content."""
+    kernels = pytest.importorskip("models.layers.group_norm_triton")
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **sizes: None
+
+    names = "_moments", "_statistics", "_normalize"
+    for name in (*names, "_gradient_sums", "_group_sums", "_input_gradient"):
+        monkeypatch.setattr(kernels, name, Recorder())
+    x = torch.empty(4, 256, side, side, device="meta").to(memory_format=torch.channels_last)
+    weight = torch.empty(256, device="meta")
+    assert kernels.fits(x)
+    y, *stats = kernels.forward(x, weight, weight, 32, 1e-6, True)
+    kernels.backward(y, x, *stats, weight, weight, 32, True)
+    assert len(grids) == 6 and all(g[0] < 2**31 and max(g[1:]) < 2**16 for g in grids)
+
+
+def test_what_the_kernels_cannot_count_is_left_to_torch():
+    kernels = pytest.importorskip("models.layers.group_norm_triton")
+    for shape, fits in (((2, 512, 2048, 2048), False), ((0, 8, 4, 4), False), ((1, 8, 1, 1), True)):
+        x = torch.empty(shape, device="meta").to(memory_format=torch.channels_last)
+        assert kernels.fits(x) == fits
+    x, weight = torch.empty(0, 8, 4, 4), torch.ones(8)
+    assert _GroupNormSiLU.apply(x, weight, weight, 4, 1e-6, True).shape == x.shape
+
+
 def test_on_cuda_nothing_is_cast_or_laid_out_anew():
     """Counted on CUDA tensors without content."""
     with FakeTensorMode():

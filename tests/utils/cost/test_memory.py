@@ -1,6 +1,6 @@
-"""The memory estimate: allocations of known networks, properties, and the real step beside it.
+"""The memory estimate: allocations of known networks, properties, and a true run beside it.
 
-python -m pytest tests/utils/training/test_cost.py        (CPU; fake tensors, no GPU needed)
+python -m pytest tests/utils/cost/test_memory.py        (CPU; fake tensors, no GPU needed)
 """
 
 import pytest
@@ -11,26 +11,27 @@ import train_repae
 from models.errors import UserError
 from tests.tiny import start, tiny_config
 from utils.checkpoint import contents_of
-from utils.config.load import load_config
-from utils.training import cost
-from utils.training.cost import LiveBytes, checkpoint_bytes, estimate, live_curve
+from utils.cost import memory
+from utils.cost.counter import Counter
+from utils.cost.fake_run import FakeRun
+from utils.cost.memory import Estimate, checkpoint_bytes, estimate
 from utils.training.networks import skeleton
 
 FLOAT = 4  # bytes
 
 
-def estimated(*overrides: str) -> cost.Estimate:
+def estimated(*overrides: str) -> Estimate:
     c = tiny_config(*overrides)
     return estimate(c, skeleton(c, 10), train_repae.train_step)
 
 
-def per_image(found: cost.Estimate) -> int:
+def per_image(found: Estimate) -> int:
     """Bytes of one image more in a large batch."""
     return found.peak(1001) - found.peak(1000)
 
 
 @pytest.fixture(scope="module")
-def plain() -> cost.Estimate:
+def plain() -> Estimate:
     return estimated()
 
 
@@ -39,28 +40,28 @@ def test_a_net_whose_saved_tensors_are_known():
     n, wide = 5, 16
     net = nn.Sequential(nn.Linear(8, wide, bias=False), nn.ReLU(), nn.Linear(wide, 4, bias=False))
     x = torch.zeros(n, 8)
-    with LiveBytes(old=[x, *net.parameters()]) as live:
+    with Counter(old=[x, *net.parameters()]) as live:
         out = net(x)
-        assert live.now == FLOAT * (n * wide + n * 4)  # ReLU's output and `out`; `x` was there
+        assert live.alive == FLOAT * (n * wide + n * 4)  # ReLU's output and `out`; `x` was there
         out.sum().backward()
         del out
         gradients = FLOAT * (8 * wide + wide * 4)
-        assert live.now == gradients
+        assert live.alive == gradients
     # at the end of backward: both gradients, and the hidden layer's on its way down
     assert max(live.curve) >= gradients + FLOAT * n * wide
     net[0].weight.grad = net[2].weight.grad = None
-    assert live.now == 0
+    assert live.alive == 0
 
 
 def test_a_storage_counts_once_and_until_its_last_view_is_gone():
-    with LiveBytes() as live:
+    with Counter() as live:
         x = torch.zeros(100)
         views = [x[:50], x.view(10, 10), x.detach()]
-        assert live.now == 100 * FLOAT
+        assert live.alive == 100 * FLOAT
         del x
-        assert live.now == 100 * FLOAT
+        assert live.alive == 100 * FLOAT
         views.clear()
-        assert live.now == 0
+        assert live.alive == 0
 
 
 @pytest.mark.slow
@@ -68,7 +69,7 @@ def test_any_batch_follows_from_two_small_ones(monkeypatch):
     """Extrapolated from 2 and 3 images, 8 need what 8 tried out need, to the byte. In bf16, where
     copies of the weights do not grow with the batch."""
     expected = estimated("run.precision=bf16").peak(8)
-    monkeypatch.setattr(cost, "PROBES", (8, 9))
+    monkeypatch.setattr(memory, "PROBES", (8, 9))
     assert estimated("run.precision=bf16").peak(8) == expected
 
 
@@ -85,6 +86,7 @@ LESS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", LESS)
 def test_what_lowers_the_memory_of_an_image(change, plain):
     assert 0 < per_image(estimated(*change.split())) < LESS[change] * per_image(plain)
@@ -111,11 +113,11 @@ def test_micro_batches_need_less_but_all_images_wait(plain):
 
 
 def test_the_fewest_micro_batches_that_fit(plain):
-    limit = plain.peak(96, 4) + cost.RESERVE
+    limit = plain.peak(96, 4) + memory.RESERVE
     assert plain.accumulation_that_fits(96, limit) == 4
     assert plain.accumulation_that_fits(96, limit - 1) == 6  # 5 does not divide 96
     assert plain.accumulation_that_fits(96, 10**12) == 1
-    assert plain.accumulation_that_fits(96, cost.RESERVE) is None
+    assert plain.accumulation_that_fits(96, memory.RESERVE) is None
 
 
 @pytest.fixture(scope="module")
@@ -123,25 +125,32 @@ def real():
     """A true run's networks on the CPU, with gradients and moments."""
     config = tiny_config("loss.reg.lecam=0.1")
     nets, _ = start(config)
-    cost._make_resident(nets)
+    for trained in nets.trained.values():
+        for p in trained.params:
+            p.grad = torch.zeros_like(p)
+        trained.opt.step()
     return config, nets
 
 
 def test_what_is_resident_is_what_a_true_run_holds(real):
     _, nets = real
     found = estimated("loss.reg.lecam=0.1")
-    tensors = {id(t): t for t in cost.resident_tensors(nets)}.values()
-    steps = [s["step"] for trained in nets.trained.values() for s in trained.opt.state.values()]
-    held = sum(t.numel() * t.element_size() for t in tensors) - FLOAT * len(steps)
+    networks = (nets.vae, nets.sit, nets.ema, nets.disc, nets.lecam, *nets.encoders)
+    tensors = [t for net in networks for t in (*net.parameters(), *net.buffers())]
+    for trained in nets.trained.values():
+        tensors += [p.grad for p in trained.params]
+        states = trained.opt.state.values()
+        tensors += [t for s in states for name, t in s.items() if name != "step"]
+    held = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
     assert sum(found.resident.values()) == held
 
 
-def test_a_true_step_allocates_what_the_fake_one_says(real):
-    """The same operations on tensors with numbers in them: the peak is that of the estimate."""
-    config, nets = real
-    curve = live_curve(nets, config, train_repae.train_step, 8)
-    found = estimated("loss.reg.lecam=0.1")
-    assert max(curve) == pytest.approx(found.peak(8) - sum(found.resident.values()), rel=0.01)
+def test_shared_optimizers_keep_a_share_of_the_moments_and_the_ema():
+    c = tiny_config("run.shard_optimizer=true")
+    whole, shared = (FakeRun(c, skeleton(c, 10), ranks).resident for ranks in (1, 8))
+    for name in ("EMA", "Adam"):
+        assert shared[name] == whole[name] // 8
+    assert shared["weights"] == whole["weights"] and shared["gradients"] == whole["gradients"]
 
 
 EVERY_KIND = [
@@ -156,6 +165,7 @@ EVERY_KIND = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", EVERY_KIND)
 def test_every_kind_of_run_has_an_estimate(change):
     found = estimated(*change.split())
@@ -173,12 +183,3 @@ def test_shapes_that_do_not_meet_are_the_users_mistake():
     c = tiny_config("encoder.grid=2")
     with pytest.raises(UserError, match=r"set encoder\.grid=4"):
         skeleton(c, 10)
-
-
-@pytest.mark.slow
-def test_the_published_run_agrees_with_an_independent_count():
-    """2172 MB an image until the VAE's backward: saved tensors of the official modules, counted
-    with F.silu for x * sigmoid(x) on fake CUDA tensors in fp16."""
-    c = load_config(["configs/imagenet256/repae-sdvae-xl2.yaml"])
-    nets = skeleton(c, 1000)
-    assert per_image(estimate(c, nets, train_repae.train_step)) == pytest.approx(2172e6, rel=0.03)

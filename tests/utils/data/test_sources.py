@@ -318,7 +318,7 @@ def test_hdf5_joins_labels_by_name(tmp_path):
         assert np.array_equal(source[i][0].permute(1, 2, 0).numpy(), pixels[source.key(i)])
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_hdf5_is_opened_by_the_workers_only(tmp_path, context):
     source = open_source("hdf5", official_h5(tmp_path / "h", H5_NAMES, H5_LABELS), 8)
     sampler = StepSampler(3, 3, seed=0, end_step=2)

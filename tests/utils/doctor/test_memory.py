@@ -1,6 +1,6 @@
 """GPU memory: what does not fit fails, and with the advice it fits.
 
-python -m pytest tests/utils/doctor/test_memory.py    (planted estimates; real ones: test_cost.py)
+python -m pytest tests/utils/doctor/test_memory.py        (planted estimates)
 """
 
 import re
@@ -9,55 +9,65 @@ from types import SimpleNamespace
 import pytest
 
 from tests.tiny import tiny_config
+from utils.cost import settings
+from utils.cost.memory import RESERVE, Estimate
 from utils.doctor import memory
 from utils.files import format_bytes
-from utils.training.cost import RESERVE, Estimate
 
 GIB = 2**30
-PER_IMAGE = {False: GIB, True: GIB // 4}  # without and with gradient checkpointing
+PER_IMAGE = {"none": GIB, "sit": GIB * 3 // 4, "vae": GIB // 2, "both": GIB // 4}
 PLANTED = {
-    thrifty: Estimate({"weights": 2 * GIB}, {n: [0, n * size] for n in (2, 3)}, waiting=1000)
-    for thrifty, size in PER_IMAGE.items()
+    kind: Estimate({"weights": 2 * GIB}, {n: [0, n * size] for n in (2, 3)}, waiting=1000)
+    for kind, size in PER_IMAGE.items()
 }
+
+
+def needed(kind: str, accumulation: int = 1) -> int:
+    return PLANTED[kind].peak(64, accumulation) + RESERVE
 
 
 @pytest.fixture
 def checked(monkeypatch):
     """Check 64 images of a rank against so many bytes => (status, text)."""
-    monkeypatch.setattr(memory, "estimate", lambda c, *_: PLANTED[c.run.checkpointing == "both"])
-    monkeypatch.setattr(memory, "skeleton", lambda *_: None)
+    monkeypatch.setattr(settings, "estimate", lambda c, *_: PLANTED[c.run.checkpointing])
+    monkeypatch.setattr(settings, "skeleton", lambda *_: None)
     nets = SimpleNamespace(sit=SimpleNamespace(config=SimpleNamespace(num_classes=10)))
 
     def run(available: int | None, *overrides: str) -> tuple[str, str]:
         config = tiny_config("run.batch_size=64", *overrides)
-        (finding,) = memory.check_memory(config, nets, 64, available, None)
+        (finding,) = memory.check_memory(config, nets, 1, 64, available, None)
         return finding[:2]
 
     return run
 
 
-def test_too_little_gpu_memory_and_the_advice_that_helps(checked):
-    short = (PLANTED[False].peak(64, 3) + PLANTED[False].peak(64, 4)) // 2 + RESERVE
+@pytest.mark.parametrize("kind", ["sit", "vae", "both"])
+def test_the_cheapest_checkpointing_that_suffices_is_advised(kind, checked):
+    status, text = checked(needed(kind))
+    assert status == "FAIL" and format_bytes(needed(kind)) in text
+    (advice,) = re.findall(r"run\.\w+=\w+", text)
+    assert advice == f"run.checkpointing={kind}" and checked(needed(kind), advice)[0] != "FAIL"
+
+
+def test_micro_batches_are_advised_where_checkpointing_does_not_suffice(checked):
+    short = (PLANTED["both"].peak(64, 3) + PLANTED["both"].peak(64, 4)) // 2 + RESERVE
     status, text = checked(short)  # 3 does not divide 64
-    assert status == "FAIL" and format_bytes(short) in text
-    advice = re.search(r"set (run\.accumulation=\d+)", text).group(1)
-    assert advice == "run.accumulation=4" and checked(short, advice)[0] == "ok"
+    advice = re.findall(r"run\.\w+=\w+", text)
+    assert status == "FAIL" and advice == ["run.checkpointing=both", "run.accumulation=4"]
+    assert checked(short, *advice)[0] != "FAIL"
     status, text = checked(GIB)
     assert status == "FAIL" and "take a smaller sit.size" in text
 
 
-def test_checkpointing_is_advised_where_micro_batches_do_not_suffice(checked):
-    short = PLANTED[False].peak(64, 64) - 1 + RESERVE
-    status, text = checked(short)
-    advice = re.search(r"set (run\.\w+=both) (run\.\w+=\d+) ", text).groups()
-    assert status == "FAIL" and advice[0] == "run.checkpointing=both"
-    assert checked(short, *advice)[0] != "FAIL"
+def test_a_frozen_vae_keeps_nothing_that_checkpointing_could_save(checked):
+    text = checked(needed("both"), "vae.train=false", "vae.weights=hub")[1]
+    assert "run.checkpointing=sit run.accumulation=" in text
 
 
 def test_what_just_fits_is_a_warning_and_says_what_more_micro_batches_save(checked):
-    need = PLANTED[False].peak(64) + RESERVE
+    need = needed("none")
     status, text = checked(need)
-    halved = format_bytes(PLANTED[False].peak(64, 2) + RESERVE)
+    halved = format_bytes(needed("none", 2))
     assert status == "warn" and f"run.accumulation=2 {halved}" in text
     assert checked(2 * need)[0] == "ok"
     assert f"run.accumulation=2 {halved}" in checked(None)[1]  # no GPU here

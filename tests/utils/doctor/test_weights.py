@@ -93,6 +93,7 @@ def put_into_hub_cache(cache: Path, repo: str, files: tuple[str, ...]) -> None:
         (root / "snapshots" / "main" / file).touch()
 
 
+@pytest.mark.slow
 def test_a_random_discriminator_beside_a_pretrained_vae_is_warned_about(quick, tmp_path):
     build_vae("tiny-f2d4").save(tmp_path / "vae")
     pretrained = f"vae.weights={tmp_path / 'vae'}"

@@ -17,7 +17,6 @@ from tests.random_inception import textures
 from utils.evaluation.networks import ADMInception, _dinov2, hub_pos_embed, load_features
 from utils.evaluation.options import PUBLISHED, parse_features
 from utils.files import sha256_file
-from utils.precision import exact_float32
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +29,7 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 
+@pytest.mark.slow
 def test_inception_features_are_bit_equal_to_torch_fidelity(inception_weights):
     net = load_features(
         "inception", weights=str(inception_weights), weights_sha256=sha256_file(inception_weights)
@@ -47,6 +47,7 @@ def test_inception_features_are_bit_equal_to_torch_fidelity(inception_weights):
     assert net.label == f"inception#{sha256_file(inception_weights)[:8]}"
 
 
+@pytest.mark.slow
 def test_spatial_features_are_those_of_mixed_6d(inception_weights):
     net, blocks = ADMInception(inception_weights), {}
     for name in ("Mixed_6d", "Mixed_6e"):
@@ -127,6 +128,7 @@ def test_dinov2_position_embedding_is_resampled_as_by_the_hub_code():
     assert torch.allclose(constant, torch.ones_like(constant))
 
 
+@pytest.mark.slow
 def test_dinov2_loads_meta_keys_and_resizes_with_pil(tmp_path):
     name = "vit_small_patch14_dinov2"
     torch.manual_seed(0)
@@ -206,15 +208,3 @@ def test_pixel_features_are_averages_of_the_image():
     assert feats.shape == (1, 3 * 12 * 12)
     assert feats[0, 0] == 1
     assert feats.sum() == 1
-
-
-def test_tf32_is_off_inside_and_as_before_outside():
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [b.fp32_precision for b in backends]
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    with exact_float32():
-        assert [b.fp32_precision for b in backends] == ["ieee", "ieee"]
-    assert torch.backends.cuda.matmul.allow_tf32
-    assert torch.backends.cudnn.allow_tf32
-    for backend, precision in zip(backends, before):
-        backend.fp32_precision = precision

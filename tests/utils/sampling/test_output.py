@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils.sampling.images import DrawnImages
 from utils.sampling.load import SampledCheckpoint
 from utils.sampling.output import SampleFiles
 from utils.sampling.settings import BLOCK, SamplingSettings
@@ -27,7 +28,8 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     files = files_of(tmp_path / "a.npz", 12 * BLOCK + 78)
     for block in files.begin():
         num = len(files.blocks.items(block))
-        files.write(block, torch.full((num, 3, SIDE, SIDE), block, dtype=torch.uint8))
+        images = torch.full((num, 3, SIDE, SIDE), block, dtype=torch.uint8)
+        files.write(block, DrawnImages(images.device, [images]))
     tracemalloc.start()
     files.finish({})
     peak = tracemalloc.get_traced_memory()[1]

@@ -32,7 +32,7 @@ def test_every_image_is_made_once_whatever_the_ranks_and_the_blocks_that_are_lef
     files = SimpleNamespace(blocks=blocks, num_samples=num, checkpoint=checkpoint)
     made: list[int] = []
     files.write = lambda block, indices: made.extend(indices)
-    with mock.patch.object(sample_ddp, "draw_images", lambda settings, indices, *_: indices):
+    with mock.patch.object(sample_ddp, "begin_images", lambda settings, indices, *_: indices):
         for rank in range(world):
             ranks = SimpleNamespace(rank=rank, world=world, is_main=False, device="cpu")
             sample_ddp.make_blocks(files, (), todo, ranks)

@@ -14,7 +14,7 @@ import pytest
 from models.errors import UserError
 from utils import cli, samplers
 from utils.config.schema import EvalConfig, PreviewConfig
-from utils.sampling.settings import SamplingSettings, flag_of
+from utils.sampling.settings import DEFAULT, SamplingSettings, describe_presets, flag_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -29,6 +29,34 @@ def test_flags_and_record_have_the_same_defaults():
     assert parse() == SamplingSettings()
     own = parse(solver="ode-ab2", steps=50)
     assert own == replace(SamplingSettings(), solver="ode-ab2", steps=50)
+
+
+def test_a_preset_is_a_solver_and_its_steps_and_flags_of_their_own_win():
+    for name, preset in samplers.PRESETS.items():
+        found = parse("--preset", name)
+        assert found == parse("--solver", preset.solver, "--steps", str(preset.steps))
+        assert found == parse(preset=name)
+    default, fast = (samplers.PRESETS[name] for name in (DEFAULT, "fast"))
+    assert default == ("sde", 250, None)  # of the published tables
+    words = ("--steps", "7", "--preset", "fast")  # in any order
+    for given in (words, (*words[2:], *words[:2])):
+        found = parse(*given)
+        assert (found.solver, found.steps) == (fast.solver, 7)
+    found = parse("--preset", "fast", "--solver", "ode-heun")
+    assert (found.solver, found.steps) == ("ode-heun", fast.steps)
+    with pytest.raises(UserError, match=r"--preset.*'quick'"):
+        parse("--preset", "quick")
+
+
+def test_the_help_and_the_documentation_name_each_preset_with_its_cost_and_error():
+    described = describe_presets()
+    table = (ROOT / "docs" / "sampling.md").read_text()
+    for name, (solver, steps, error) in samplers.PRESETS.items():
+        calls = samplers.network_calls(solver, steps)
+        words = f", error {error:.1e}" if error else ""
+        assert f"{name} = {solver}, {steps} steps ({calls} calls{words})" in described
+        row = f"| `{name}` | `{solver}` | {steps} | {calls} | {f'{error:.1e}' if error else 'none'}"
+        assert row in table
 
 
 def test_the_default_guidance_interval_is_one_constant():
@@ -46,6 +74,7 @@ def test_every_field_is_a_flag_of_its_own_type():
     values |= {"guidance_high": 0.5, "timestep_shift": 2.5, "class_balanced": True, "seed": 9}
     values |= {"precision": "fp32", "path": "cosine", "uint8": "truncate", "tf32": True}
     values |= {"compile": True, "batch_size": 8, "decode_batch_size": 4}
+    values |= {"decode_precision": "bf16"}
     assert values.keys() == {f.name for f in fields(SamplingSettings)}
     words = []
     for name, value in values.items():
@@ -70,7 +99,7 @@ def test_the_configuration_knows_the_same_solvers():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"solver": "sde", "steps": 1}, "--solver sde needs --steps 2 or more, not 1"),
+        ({"solver": "sde", "steps": 1}, "--solver sde needs 2 steps or more, not 1"),
         ({"steps": 0}, "--steps 0 must be at least 1"),
         ({"cfg_scale": float("nan")}, "--cfg-scale nan must be a finite number"),
         ({"cfg_scale": -1.0}, r"--cfg-scale -1\.0 must be at least 0"),
@@ -79,6 +108,7 @@ def test_the_configuration_knows_the_same_solvers():
         ({"guidance_low": 0.8, "guidance_high": 0.3}, "must not be above --guidance-high"),
         ({"solver": "euler"}, "--solver euler must be one of ode-euler"),
         ({"precision": "fp16"}, "--precision fp16 must be one of bf16, fp32"),
+        ({"decode_precision": "fp16"}, "--decode-precision fp16 must be one of fp32, tf32, bf16"),
         ({"batch_size": -1}, "--batch-size -1 must be at least 1"),
         ({"batch_size": 500}, "at most 100"),
     ],

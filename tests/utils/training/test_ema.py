@@ -6,6 +6,7 @@ import torch.nn as nn
 
 from models.sit import SiT
 from utils.training.ema import EmaUpdate, ema_decay, make_ema
+from utils.training.trained_network import Shares
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +125,53 @@ def test_warm_up(decay):
         assert ema_decay(step, decay, warmup=True) == min(decay, (1 + step) / (10 + step))
     assert ema_decay(0, 0.9999, warmup=True) == 0.1
     assert ema_decay(10**6, 0.9999, warmup=True) == 0.9999
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9999])
+def test_a_flag_on_the_device_leaves_the_average_as_it_is_or_changes_nothing(decay):
+    """Bit by bit, integers too."""
+    net = network()
+    ema, plain = make_ema(net), make_ema(net)
+    update, without = EmaUpdate(ema, net), EmaUpdate(plain, net)
+    for left_out in (False, True, False):
+        move(net)
+        before = snapshot(ema)
+        update(decay, torch.tensor(left_out))
+        if not left_out:
+            without(decay)
+        expected = before if left_out else snapshot(plain)
+        assert all(torch.equal(v, expected[name]) for name, v in snapshot(ema).items())
+
+
+def test_a_rank_keeps_and_moves_its_share_of_the_average(monkeypatch):
+    """Two copies play the ranks. What the other one owns has no memory but inside `whole`; buffers
+    are on both; together they are the whole average, bit by bit."""
+    net = network()
+    shares = [Shares([*net.parameters()], rank, 2) for rank in range(2)]
+    emas, plain = [make_ema(net), make_ema(net)], make_ema(net)
+    updates = [EmaUpdate(ema, net, share) for ema, share in zip(emas, shares)]
+    whole = EmaUpdate(plain, net)
+    for decay in (0.9, 0.5):
+        move(net)
+        for update in (*updates, whole):
+            update(decay)
+    names = [name for name, _ in net.named_parameters()]
+    for ema, share in zip(emas, shares):
+        for name, value in ema.state_dict().items():
+            if name in names and share.owners[names.index(name)] != share.rank:
+                assert value.is_meta and value.shape == plain.state_dict()[name].shape
+            else:
+                assert torch.equal(value, plain.state_dict()[name])
+
+    def exchange(share, tensors):
+        for i, (tensor, owner) in enumerate(zip(tensors, share.owners)):
+            tensor.copy_(emas[owner].get_parameter(names[i]))
+
+    monkeypatch.setattr(Shares, "exchange", exchange)
+    for ema, update in zip(emas, updates):
+        with update.whole():
+            assert [*ema.state_dict()] == [*plain.state_dict()]
+            assert not any(p.requires_grad for p in ema.parameters())
+            for name, value in ema.state_dict().items():
+                assert torch.equal(value, plain.state_dict()[name])
+        assert any(p.is_meta for p in ema.parameters())

@@ -196,6 +196,7 @@ def test_a_skipped_step_is_skipped_by_a_resumed_run_with_workers_too(tmp_path, m
     assert_equal(end_of(tmp_path / "whole"), end_of(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_a_step_that_is_trained_already_cannot_be_left_out(tmp_path, monkeypatch, capsys):
     """Unless it was not: it has been left out by the setting, or by a rollback."""
     poison_step(monkeypatch, 1)
@@ -220,6 +221,7 @@ def test_an_interval_without_a_step_has_no_log_line(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["joint", *slow("accumulation", "bf16", "frozen")])
+@pytest.mark.usefixtures("native_halves")
 def test_skip_of_a_bad_batch_equals_a_run_that_leaves_it_out(variant, tmp_path, monkeypatch):
     """Bit for bit: weights, moments and their step, latent norm, batch norm, LeCam, EMA."""
     settings = (*SHORT, *LECAM, *VARIANTS[variant], "run.log_every=1")
@@ -339,6 +341,7 @@ ROLLBACK = ("run.on_nonfinite=rollback",)
 @pytest.mark.parametrize(
     ("step", "what"), [(3, "sit"), *slow((2, "images"), (5, "disc"), (4, "vae"))]
 )
+@pytest.mark.slow
 def test_rollback_ends_as_a_run_that_skips_the_step(step, what, tmp_path, monkeypatch, capsys):
     """Bit for bit, and log line for log line; a run that resumes leaves the step out too."""
     settings = (*SHORT, *LECAM, "run.log_every=1")

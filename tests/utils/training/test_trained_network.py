@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.config.schema import OptimConfig
 from utils.training.trained_network import TrainedNetwork, only_training
@@ -207,6 +208,124 @@ def test_clip_counts_this_network_alone(accelerator):
         backward(trained, x, target, share=1e6 if trained is huge else 1.0)
     small.step(0)
     assert all_equal(gradients(small), expected)
+
+
+def stepped(accelerator, in_kernel, precision, clip, share=1.0):
+    """Three steps of the same network, clipped by the optimizer's kernel, as on GPUs, or before."""
+    torch.manual_seed(0)
+    trained = make(accelerator, nn.Linear(40, 20), precision, clip=clip, lr=0.1)
+    trained.clips_in_kernel = in_kernel
+    norms = []
+    for step in range(3):
+        with only_training(trained):
+            backward(trained, torch.randn(8, 40), torch.randn(8, 20), share)
+            norms.append(trained.step(step))
+    moments = [m[name] for m in trained.opt.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return [*weights(trained), *moments], gradients(trained), norms
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_clipping_in_the_kernel_is_clipping_before_it(accelerator, precision):
+    """To float32 rounding: the one divides, the other multiplies by the reciprocal. Gradients that
+    are short enough, and clip = 0, agree bit by bit. The norm is that before clipping."""
+    for clip, exact in ((0.01, False), (1e9, True), (0.0, True)):
+        kernel, before = (stepped(accelerator, way, precision, clip) for way in (True, False))
+        assert all_equal(kernel[2], before[2]) and kernel[2][0] > 0.1
+        for a, b in zip(kernel[0] + kernel[1], before[0] + before[1]):
+            assert torch.equal(a, b) if exact else torch.allclose(a, b, rtol=1e-6, atol=1e-7)
+        if clip == 0.01:
+            assert norm_of(kernel[1]) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_clipping_in_the_kernel_writes_no_gradient_before(accelerator, monkeypatch):
+    monkeypatch.setattr(nn.utils, "clip_grads_with_norm_", None)
+    states, clipped, _ = stepped(accelerator, True, "fp32", 0.01)
+    assert all(t.isfinite().all() for t in states + clipped)
+
+
+def test_the_kernel_clips_on_gpus_and_float32_alone(accelerator):
+    """On the CPU results are those of clipping before, to the last bit."""
+    assert not make(accelerator).clips_in_kernel
+    for dtype, expected in ((torch.float32, True), (torch.float64, False)):
+        net = linear().to(dtype)
+        assert TrainedNetwork(net, OptimConfig(), OnGpu(), "fp32").clips_in_kernel == expected
+
+
+class OnGpu:
+    """An accelerator whose networks stay where they are."""
+
+    device = torch.device("cuda")
+
+    def prepare_model(self, net):
+        return net
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_step_on_a_gpu_clips_and_waits_for_nothing(guarded):
+    """Steps on the CPU, which clips before the kernel, to rounding."""
+    ends = []
+    for device in ("cuda", "cpu"):
+        torch.manual_seed(0)
+        net = nn.Linear(40, 20)
+        x = torch.randn(3, 8, 40)
+        accelerator = OnGpu()
+        accelerator.device = torch.device(device)
+        trained = TrainedNetwork(net.to(device), OptimConfig(clip=0.01), accelerator, "bf16")
+        assert trained.clips_in_kernel == (device == "cuda")
+        if guarded:
+            trained.skip_nonfinite()
+        for step in range(3):
+            with only_training(trained):
+                trained.backward(net(x[step].to(device)).square().mean())
+                torch.cuda.set_sync_debug_mode("error")
+                trained.step(step)
+                torch.cuda.set_sync_debug_mode("default")
+        ends.append([t.cpu() for t in (*weights(trained), *gradients(trained))])
+    for a, b in zip(*ends):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Raises where the host reads a number from the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func) and "nonzero" not in str(func), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_step_reads_nothing_back(accelerator, precision, guarded):
+    trained = make(accelerator, nn.Sequential(linear(), nn.BatchNorm1d(2)), precision, clip=0.1)
+    trained.clips_in_kernel = True
+    if guarded:
+        trained.skip_nonfinite()
+    for step in range(2):
+        with only_training(trained):
+            backward(trained, whole_numbers(8, 4), whole_numbers(8, 2))
+            with NoHostSync():
+                trained.step(step)
+
+
+@pytest.mark.parametrize("in_kernel", [False, True])
+def test_what_the_guard_sees_leaves_out_the_update_under_a_loss_scale_too(accelerator, in_kernel):
+    """A running statistic is not finite, gradients are: the scale's own flag is not set."""
+    net = nn.Sequential(linear(), nn.BatchNorm1d(2))
+    trained = make(accelerator, net, "fp16", clip=0.1, lr=0.1)
+    trained.clips_in_kernel = in_kernel
+    trained.skip_nonfinite()
+    before = weights(trained)
+    with only_training(trained):
+        backward(trained, whole_numbers(8, 4), whole_numbers(8, 2))
+        net[1].running_var.fill_(math.inf)
+        trained.step(0)
+    assert trained.left_out and all_equal(weights(trained), before)
+    assert net[1].running_var.isfinite().all()
+    with only_training(trained):
+        backward(trained, whole_numbers(8, 4), whole_numbers(8, 2))
+        trained.step(1)
+    assert not trained.left_out and not all_equal(weights(trained), before)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
