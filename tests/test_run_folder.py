@@ -224,6 +224,7 @@ def test_the_end_waits_for_room_and_then_fails_in_one_line(tmp_path, monkeypatch
     assert checkpoints(tmp_path) == ["0000001", "0000002"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_deleted_while_the_run_goes_on_is_made_again(tmp_path, monkeypatch):
     run, sync = tmp_path / "tiny", tracking.Tracker.flush
 

@@ -116,6 +116,7 @@ def test_lost_shards_are_made_again(folder, packed, tmp_path, lost):
     assert content(out) == content(packed)
 
 
+@pytest.mark.slow
 def test_kill_and_rerun(tmp_path, capsys):
     """kill -9 after the first shard, then the same command: as if nothing had happened."""
     src, out = tmp_path / "src", tmp_path / "out"

@@ -25,7 +25,7 @@ def stats_of(monkeypatch, *words) -> None:
         vae_stats.main()
 
 
-@pytest.mark.parametrize("name", ["tiny-f8d4", "tiny-qwen"])
+@pytest.mark.parametrize("name", ["tiny-f8d4", pytest.param("tiny-qwen", marks=pytest.mark.slow)])
 def test_they_normalise_posterior_samples_of_held_out_images(tmp_path, monkeypatch, name):
     torch.manual_seed(1)
     build_vae(name).save(tmp_path / "vae")

@@ -152,6 +152,7 @@ def test_the_same_command_draws_the_same_picture(vaes, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_the_bases_are_fitted_on(vaes, tmp_path):
     def draw(basis, *labels):
         picture = latents(tmp_path / "a.png", *(vaes[v] for v in labels), basis=basis)

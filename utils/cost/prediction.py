@@ -148,7 +148,6 @@ def describe(
         # of one GPU
         "images_per_second": rate,
         "images_per_second_fused": fused,
-        "images_per_second_per_rank": rate,
         "images_per_second_ideal": images / total.ideal,
         "images_per_second_fused_ideal": images / total.fused_ideal,
         "images_per_second_all_ranks": ranks * rate,
