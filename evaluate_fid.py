@@ -30,7 +30,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=cli.file_path, help="write the record here as JSON")
     add("--batch-size", type=cli.positive, default=DEFAULTS.batch_size, help="images per rank")
     add("--dry-run", action="store_true", help="say what would be done; reads headers alone")
-    add("--metrics", help=f"some of {','.join(METRICS)}; with --vae of {','.join(VAE_METRICS)}")
+    names = f"some of {','.join(METRICS)}; with --vae of {','.join(VAE_METRICS)}"
+    add("--metrics", help=f"{names}; default: those that the files allow")
 
     add = parser.add_argument_group("samples against a reference").add_argument
     add("--samples", type=cli.path, help=IMAGES)
@@ -40,23 +41,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache", type=cli.path, default=DEFAULTS.cache, help=cache_help)
 
     add = parser.add_argument_group("a VAE's reconstructions").add_argument
-    vae_help = "short name, hub id, diffusers folder or .pt (models/vae_families.py)"
+    vae_help = "short name (models/vae_families.py), hub id, checkpoint, run, folder or .pt"
     add("--vae", type=cli.path, help=vae_help)
     weights_help = "weights for a short name: hub, or a file or folder"
     add("--vae-weights", type=cli.path, default="hub", help=weights_help)
     data_help = "images to reconstruct, named as for --samples, e.g. packed:DIR"
     add("--data", type=cli.path, help=data_help)
-    add("--resolution", type=cli.positive, default=256, help="pixels, for a --data that crops")
+    side = "pixels, for a --data that crops; default: that of packed data, else 256"
+    add("--resolution", type=cli.positive, help=side)
     add("--split", default="all", help="all, train or test; digits only")
     num_help = "reconstruct that many images, evenly spaced, and not all"
     add("--num", type=cli.positive, help=num_help)
     add("--posterior", choices=("mode", "sample"), default="mode", help="the latents to decode")
     add("--seed", type=cli.not_negative, default=0, help="seed of --posterior sample")
-    add("--lpips-weights", type=cli.path, help="torchvision's vgg16 file, for lpips")
+    add("--lpips-weights", type=cli.path, help="vgg16 file, for lpips; default: torchvision's")
 
     add = parser.add_argument_group("features").add_argument
     add("--features", default=DEFAULTS.features, help=asked.FEATURES)
-    add("--weights", type=cli.path, help="weight file of inception or dinov2")
+    add("--weights", type=cli.path, help="of inception or dinov2; default: the published file")
     sha_help = "its sha256, if it is not the published file"
     add("--weights-sha256", type=sha256, help=sha_help)
     add("--download", action="store_true", help="fetch published weights that are missing")
@@ -135,18 +137,29 @@ def check_there(args: argparse.Namespace, options: Options) -> None:
     if not there and not known:
         return
     from utils.evaluation.evaluate import check_sets, refuse_swapped
-    from utils.evaluation.image_sets import open_images, record_beside, subset
+    from utils.evaluation.image_sets import record_beside
     from utils.evaluation.reference import Reference
 
     if there and known and not args.vae:
         refuse_swapped(args.samples, args.reference)
-    images = subset(open_images(given, args.resolution, args.split), args.num) if there else None
+    images = open_given(given, args) if there else None
     target = Reference(args.reference, images.size[0] if images else 256) if known else None
     if images and not args.vae:
         record_beside(args.samples)
         if known or args.reference is None:
             family = asked.parse_features(args.features)[0]
             check_sets(images, target, options.metrics, family)
+
+
+def open_given(spec: str, args: argparse.Namespace):
+    """The images that the user has given, or as many of them as --num says."""
+    from utils.evaluation.image_sets import open_images, subset
+
+    images = open_images(spec, args.resolution, args.split)
+    if args.resolution not in (None, images.size[0]):
+        text = f"--resolution {args.resolution}: {spec} holds images of {images.size[0]} px"
+        raise UserError(f"{text}; leave it out")
+    return subset(images, args.num)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -177,15 +190,13 @@ def main(argv: list[str] | None = None) -> None:
 def run_vae(args: argparse.Namespace, options: Options, ranks) -> dict:
     from models.lpips import load_lpips
     from models.vae import load_vae
-    from utils.evaluation.image_sets import open_images, subset
     from utils.evaluation.reconstruction import evaluate_vae
+    from utils.sampling.locate import locate_vae_spec
 
     metrics = select_metrics(VAE_METRICS, options.metrics)
-    for metric in VAE_METRICS.values():
-        if not (options.metrics or metric.by_default):
-            ranks.print(f"{metric.name} skipped: it is measured only if --metrics names it")
-    images = subset(open_images(args.data, args.resolution, args.split), args.num)
-    vae = ranks.main_first(lambda: load_vae(args.vae, args.vae_weights))
+    images = open_given(args.data, args)
+    spec = ranks.on_main(lambda: locate_vae_spec(args.vae))
+    vae = ranks.main_first(lambda: load_vae(spec, args.vae_weights))
     lpips = None
     if any(metric.needs_lpips for metric in metrics):
         lpips = ranks.main_first(lambda: load_lpips(args.lpips_weights, args.download))
@@ -193,7 +204,7 @@ def run_vae(args: argparse.Namespace, options: Options, ranks) -> dict:
         vae, images, options, posterior=args.posterior, seed=args.seed, lpips_net=lpips,
         ranks=ranks, progress=progress_bars(ranks),
     )  # fmt: skip
-    record["vae"] = {"spec": args.vae, "weights": args.vae_weights}
+    record["vae"] = {"spec": spec, "weights": args.vae_weights}
     return record
 
 

@@ -1,32 +1,74 @@
 """Sample images from a checkpoint, on all ranks, into the .npz that FID suites read.
 
-    accelerate launch sample_ddp.py --checkpoint exps/NAME/checkpoints/0400000 --out NAME.npz
+    accelerate launch sample_ddp.py --checkpoint exps/NAME --out NAME.npz
+    python sample_ddp.py --checkpoint exps/NAME --classes "golden retriever,otter" --png DIR
+    python sample_ddp.py --checkpoint exps/NAME --list
 
 Image i depends on (seed, i) alone: the same pixels for any number of ranks and any batch size, up
 to the rounding of floating-point sums. Finished blocks of images are kept: run the same command
 again to continue a killed one, on more or fewer GPUs and with another --batch-size if need be.
 Beside NAME.npz (`arr_0`, uint8 NHWC) lie NAME.json with every setting, NAME.labels.npy with the
-classes, and NAME.png with the first 64 images.
+labels, and NAME.png with the first 64 images and the names of their classes.
 """
 
 import argparse
 
+from models.errors import UserError
 from utils import cli
-from utils.sampling.settings import SamplingSettings
+from utils.sampling.settings import SamplingSettings, add_classes, check_classes
+
+NUM_SAMPLES, PER_CLASS = 50_000, 8
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=cli.file_path, required=True, help="folder with sit_ema/ and vae/")
-    add("--out", type=cli.file_path, required=True, help=".npz to write")
-    add("--num-samples", type=cli.positive, default=50_000, help="images 0, 1, ... of the seed")
+    what = "a checkpoint, a run (its newest whole one), or OWNER/NAME[@REVISION] of the hub"
+    add("--checkpoint", type=cli.file_path, required=True, help=what)
+    add("--list", action="store_true", help="print the checkpoints of the run, and exit")
+    add("--out", type=cli.file_path, help=".npz to write; default with --png DIR: DIR.npz")
+    what = "also write each image as DIR/000000.png, ..., with the labels in DIR/labels.csv"
+    add("--png", type=cli.file_path, metavar="DIR", help=what)
+    what = f"images 0, 1, ... of the seed; default: {NUM_SAMPLES}, or that of --per-class"
+    add("--num-samples", type=cli.positive, help=what)
+    add_classes(parser)
+    what = f"images of each of --classes; default: {PER_CLASS}"
+    add("--per-class", type=cli.positive, metavar="N", help=what)
     SamplingSettings.add_arguments(parser)
     add("--dry-run", action="store_true", help="check, print the settings, and exit")
     args = parser.parse_args(argv)
-    cli.check_output("--out", args.out, ".npz")
-    SamplingSettings.from_args(args)
+    check_args(args)
     return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Fill in --out; `UserError` for flags that contradict each other."""
+    if args.list:
+        return
+    if args.png and args.out is None:
+        if not args.png.name:
+            raise UserError(f"--png {args.png}: name a folder in it, for an .npz is written beside")
+        args.out = args.png.with_name(f"{args.png.name}.npz")
+    if args.out is None:
+        raise UserError("name what to write: --out NAME.npz, or --png DIR")
+    cli.check_output("--out", args.out, ".npz")
+    if args.png and cli.same_place(args.png, args.out):
+        raise UserError(f"--png {args.png} is --out: name another folder")
+    if args.per_class and not args.classes:
+        raise UserError(f"--per-class {args.per_class} needs --classes; for all: --class-balanced")
+    check_classes(args)
+    SamplingSettings.from_args(args)
+
+
+def count_samples(args: argparse.Namespace, num_chosen: int) -> int:
+    """The number of images; `num_chosen` is that of --classes, 0 without."""
+    if not num_chosen:
+        return args.num_samples or NUM_SAMPLES
+    total = num_chosen * (args.per_class or PER_CLASS)
+    if args.per_class and args.num_samples not in (None, total):
+        text = f"--num-samples {args.num_samples} is not --per-class {args.per_class} times"
+        raise UserError(f"{text} {num_chosen} of --classes, which is {total}: leave one out")
+    return args.num_samples or total
 
 
 if __name__ == "__main__":
@@ -42,44 +84,56 @@ from tqdm import tqdm
 from models.sit import SiT
 from models.vae import VAE
 from utils.distributed import Ranks
+from utils.pictures.samples import save_samples
 from utils.sampling.background import BackgroundWriter
 from utils.sampling.images import begin_images
 from utils.sampling.load import check_balance, load_networks, open_checkpoint, settings_for
+from utils.sampling.locate import list_checkpoints, locate_checkpoint
 from utils.sampling.output import SampleFiles
 
 
 def main() -> None:
     args = parse_args()
     ranks = Ranks()
+    if args.list:
+        ranks.on_main(lambda: print(list_checkpoints(args.checkpoint)))
+        return
     files, todo = ranks.on_main(lambda: prepare(args, ranks.device))
     if files is None:
         return
-    load = partial(load_networks, args.checkpoint, files.checkpoint.settings, ranks.device)
+    folder = files.checkpoint.folder
+    if not folder.is_dir():  # the main process has downloaded it into another machine's cache
+        folder = locate_checkpoint(args.checkpoint)
+    load = partial(load_networks, folder, files.checkpoint.settings, ranks.device)
     nets = ranks.main_first(load) if todo else None
     ranks.on_main(files.begin)  # nothing is written before it is clear that the weights fit
     started = time.perf_counter()
     make_blocks(files, nets, todo, ranks)
     ranks.wait()
     if ranks.is_main:
-        files.finish(session_facts(files, todo, time.perf_counter() - started, ranks))
-        print(f"{args.out}: {args.num_samples} images")
+        facts = session_facts(files, todo, time.perf_counter() - started, ranks)
+        files.finish(facts, save_samples)
+        print(f"{args.out}: {files.num_samples} images")
 
 
 def prepare(args: argparse.Namespace, device: torch.device) -> tuple[SampleFiles | None, list[int]]:
     """The files to write and the blocks of them still to be made; no files if nothing is to do."""
     settings = settings_for(device, SamplingSettings.from_args(args))
-    checkpoint = open_checkpoint(args.checkpoint, settings)
-    check_balance(checkpoint.settings, args.num_samples, checkpoint.num_classes)
-    files = SampleFiles(args.out, checkpoint, args.num_samples)
+    checkpoint = open_checkpoint(locate_checkpoint(args.checkpoint), settings, args.classes)
+    num_samples = count_samples(args, len(checkpoint.settings.classes))
+    check_balance(checkpoint.settings, num_samples, checkpoint.num_classes)
+    files = SampleFiles(args.out, checkpoint, num_samples, args.png)
     done = files.is_done()
     todo = [] if done else files.check()
     if args.dry_run:
         if todo:  # the weights fit
-            load_networks(args.checkpoint, checkpoint.settings, torch.device("cpu"))
+            load_networks(checkpoint.folder, checkpoint.settings, torch.device("cpu"))
         print(json.dumps(files.settings, indent=1))
         return None, []
     if done:
-        print(f"{args.out}: has these {args.num_samples} images already; nothing to do")
+        made = files.add_pngs()
+        todo = f"{args.png} written from it" if made else "nothing to do"
+        print(f"{args.out}: has these {num_samples} images already; {todo}")
         files.blocks.remove()
         return None, []
     return files, todo

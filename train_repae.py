@@ -13,6 +13,7 @@ v velocity, y label, feats encoder features (N, T, D_enc), h projected SiT token
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from utils import cli
 from utils.process.ending import say
@@ -45,7 +46,10 @@ from utils.config.schema import LossConfig, RegConfig, per_rank_batch
 from utils.data.base import Source
 from utils.data.latents import CachedSource
 from utils.data.training import open_loader
+from utils.report.page import write_report
 from utils.run_lock import RunLock
+from utils.showing.bar import ProgressBar
+from utils.showing.commands import last_words
 from utils.training import tracking
 from utils.training.batch import Batch, MetricAverages, make_batch, to_device
 from utils.training.draws import Draws, drawing
@@ -154,6 +158,8 @@ def regularization_terms(
     if nets.lpips:
         value = rec.perceptual_loss(nets.lpips, x_hat, x, reg.lpips_double_scaling)
         terms["lpips"] = (reg.lpips, value)
+    if nets.perceptual:
+        terms["perceptual"] = (reg.perceptual, rec.perceptual_loss(nets.perceptual, x_hat, x))
     if nets.disc and step >= reg.gan_start:
         (logits,) = nets.disc(x_hat.float())
         terms["gan"] = (reg.gan, gan.generator_loss(logits))
@@ -254,6 +260,8 @@ def reconstruct(nets: Networks, batches: list[Batch]) -> Tensor:
 # --------------------------------------------------------------------------------------
 # The run: everything around the step.
 
+QUICK_REPORT = 20 * 2**20  # bytes of pictures that a report is made of within seconds
+
 
 def main() -> int | None:
     args = parse_args()
@@ -274,7 +282,21 @@ def main() -> int | None:
             code = 1
         distributed.Ranks().wait()  # a group that ends under a rank ends it with an error
         tracking.finish(accelerator)
+        if accelerator.is_main_process:  # no other rank waits for it
+            with tracking.Tolerance(lock).of("report.html", Exception):
+                report_on(config.run_dir, in_haste=signals.received)
     return code
+
+
+def report_on(run: Path, in_haste: bool) -> None:
+    """Write report.html about a run that has trained; `in_haste`: only if it takes seconds, for who
+    has told the run to stop may kill it soon."""
+    size = sum(picture.stat().st_size for picture in run.glob("samples/*.png"))
+    if in_haste and size > QUICK_REPORT:
+        print(f"for a report: python scripts/report.py {run}")
+    elif (run / tracking.METRICS_FILE).is_file():
+        write_report([run], run / "report.html")
+        print(f"report: {run / 'report.html'}")
 
 
 def train(
@@ -326,7 +348,7 @@ def run_steps(
     run, tracker, ranks = config.run, periodic.tracker, accelerator.num_processes
     shape = (per_rank_batch(config, ranks), *nets.vae.latent_shape(config.data.resolution))
     draws = drawing(config, accelerator.process_index, accelerator.device)
-    bar = tracking.progress_bar(first, run.steps, accelerator)
+    bar = ProgressBar(first, run.steps, run.batch_size, accelerator.is_main_process)
     loader = open_loader(config, training_set, accelerator, first, left_out.steps)
 
     for step, batch in left_out.batches(tracker.timed(loader), first, run.steps):
@@ -338,12 +360,16 @@ def run_steps(
             stop.request()
         stopping = stop.agreed(step + 1)
         row = periodic.run(nets, step + 1, step + 1 == run.steps, stopping)
-        tracking.show(bar, row, run.batch_size)
+        bar.show(row)
         if stopping or periodic.stopped:
             saved = periodic.checkpoints.folder / f"{step + 1:07d}"
             text = f"told to stop at step {step + 1}; saved {saved}; run the same command to go on"
             accelerator.print(f"\n{text}")
             break
+    else:
+        bar.close()
+        last = periodic.checkpoints.path(run.steps)
+        accelerator.print(last_words(config, periodic.source, last))
     bar.close()
     if loader.error:
         raise loader.error

@@ -1,4 +1,5 @@
-"""The terms of the VAE's own objective L_REG beside the GAN's (loss/gan.py): pixels, LPIPS, KL.
+"""The terms of the VAE's own objective L_REG beside the GAN's (loss/gan.py): pixels, perceptual
+distance, KL.
 
 Each is a float32 scalar, unweighted. Images are (N, 3, H, W) in [-1, 1].
 """
@@ -26,7 +27,8 @@ def kl_loss(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
 def perceptual_loss(
     net: Callable, x_hat: torch.Tensor, x: torch.Tensor, double_scaling: bool = False
 ) -> torch.Tensor:
-    """Mean LPIPS (arXiv 1801.03924) over images; `net` is that of `models.lpips.load_lpips`.
+    """Mean perceptual distance over images. `net`: LPIPS (arXiv 1801.03924), from
+    `models.lpips.load_lpips`, or one of `models.lpips.load_perceptual_net`.
 
     `double_scaling` maps the images from [-1, 1] to [-3, 1], as the published runs did by mistake;
     it is only for reproducing them.

@@ -5,7 +5,7 @@ encoders.py       frozen vision encoders: their table, and how a file of theirs 
 errors.py         UserError: a mistake that the user can mend
 layers/           norms and convolutions in the right number format under autocast
 latent_norm.py    the batch norm of latents, and batch norm over all ranks
-lpips.py          LPIPS with VGG-16
+lpips.py          perceptual distances: LPIPS with VGG-16, the same with another network
 projector.py      from SiT tokens to encoder features: MLP (REPA) or convolution (iREPA)
 sit.py            SiT, the velocity network; load_sit
 sizes.py          SIZES, the published sizes of SiT (imports nothing)
@@ -14,3 +14,10 @@ vae_families.py   what a diffusers class of VAEs has of its own, and the table o
 vae_keys.py       older key names of VAE files => those of diffusers
 weights.py        weight files: find, download, hash, read, load strictly
 """
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  the lowest floor is imported first
+    here = "{} is Python {}.{}".format(sys.executable, *sys.version_info)
+    print(f"error: Python 3.11 or newer is needed, and {here}", file=sys.stderr)
+    sys.exit(2)

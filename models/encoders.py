@@ -161,6 +161,11 @@ class Encoder(nn.Module):
         self.requires_grad_(False)
         self.train(False)
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether it is a transformer, whose input has a fixed size."""
+        return _has_tokens(self.net)
+
     def train(self, mode: bool = True) -> "Encoder":
         return super().train(False)
 
@@ -261,6 +266,14 @@ def encoder_shape(name: str, resolution: int = 256, grid: int | None = None) -> 
             f"{grid} x {grid} grid: take a ViT, or a CNN with an (N, C, h, w) feature map"
         )
     return grid, encoder.embed_dim
+
+
+def largest_grid(name: str, side: int) -> int:
+    """The most tokens per side that an image of `side` pixels gives, and 1 if it is smaller."""
+    spec = _spec(name)
+    with torch.device("meta"):
+        encoder = Encoder(name, _create(spec, 1), spec, 1)
+    return max(1, side // encoder.side)
 
 
 def _spec(name: str) -> EncoderSpec:

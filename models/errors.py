@@ -270,9 +270,9 @@ def same_letters(word: str, known: Iterable[str]) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: its repr, cut."""
+    """A value for a message: its repr in one line, cut."""
     try:
-        text = repr(value)
+        text = " ".join(map(str.strip, repr(value).splitlines()))
     except (ValueError, RecursionError):  # more digits, or deeper lists, than Python prints
         text = f"a {type(value).__name__} too large to be shown"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

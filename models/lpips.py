@@ -1,16 +1,21 @@
-"""LPIPS (arXiv 1801.03924) with VGG-16, from the `lpips` package: the network and its weight file.
+"""LPIPS (arXiv 1801.03924) with VGG-16, from the `lpips` package: the network and its weight file;
+and the same distance with the features of any other network, for images that VGG-16 does not know.
 
 The linear heads (version 0.1) come with the package, the weights of VGG-16 from torchvision.
 """
 
 import math
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.weights import WeightFile, read_state, require_finite, require_match
+from models.encoders import Encoder, encoder_weight_file, largest_grid, load_encoder
+from models.errors import UserError
+from models.weights import WeightFile, read_state, require_finite, require_match, short
 
 if TYPE_CHECKING:  # takes seconds to import
     from lpips import LPIPS
@@ -99,3 +104,69 @@ def halve(net: "LPIPS") -> None:
 def vgg_weight_file(weights: str | None = None) -> WeightFile:
     """The VGG-16 file that `load_lpips` will read, without reading it."""
     return VGG.named(weights) if weights else VGG
+
+
+class PerceptualNet(nn.Module):
+    """The distance of two images in the features of a frozen network: LPIPS (arXiv 1801.03924,
+    Eq. 1) with all weights 1, and the mean over the network's stages instead of their sum.
+
+    encoder: holds the network, its mean and std. side: pixels at which images are fed; they are
+    resized to it. The network is always in eval mode, no parameter of it trains.
+    """
+
+    def __init__(self, encoder: Encoder, side: int):
+        super().__init__()
+        self.encoder, self.side = encoder, side
+
+    def forward(self, x: Tensor, y: Tensor, normalize: bool = False) -> Tensor:
+        """Two batches (N, 3, H, W) in [-1, 1] => (N, 1, 1, 1), each between 0 and 4. `normalize`:
+        as that of `lpips.LPIPS`, for images in [0, 1]."""
+        pairs = zip(self._stages(x, normalize), self._stages(y, normalize))
+        stages = [(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]
+        return torch.stack(stages).mean(dim=0).view(-1, 1, 1, 1)
+
+    def _stages(self, x: Tensor, normalize: bool) -> list[Tensor]:
+        """Features (N, D, h, w) of each stage, of norm 1 at each position."""
+        x = x.float() if normalize else (x.float() + 1) / 2
+        x = (x - self.encoder.mean) / self.encoder.std
+        if x.shape[-2:] != (self.side, self.side):
+            x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=False)
+        feats = self.encoder.net.forward_intermediates(x, intermediates_only=True)
+        return [F.normalize(f, dim=1, eps=1e-6) for f in feats]
+
+
+def load_perceptual_net(spec: str, resolution: int, side: int | None = None) -> PerceptualNet:
+    """The network of a perceptual loss for images of `resolution` pixels.
+
+    spec: NAME[@FILE], NAME as in `models.encoders.load_encoder` (timm:resnet18, dinov2-s), FILE its
+    weights, "random" for none, the published ones without it. side: pixels at which the network is
+    fed, None = `resolution`; of a transformer, the next lower multiple of its patch. `UserError`
+    for a network without stages, and as `load_encoder` does.
+    """
+    name, file = split_perceptual(spec)
+    if weights := perceptual_weight_file(spec):
+        weights.find()  # a file that is not there is named by its own setting
+    grid = largest_grid(name, side or resolution)
+    encoder = load_encoder(name, file, resolution, grid)
+    net = PerceptualNet(encoder, encoder.side if encoder.has_tokens else side or resolution)
+    try:
+        with torch.no_grad():
+            x = torch.zeros(1, 3, resolution, resolution, device=encoder.mean.device)
+            net(x, x)
+    except (AttributeError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        why = short(error, 100)
+        raise UserError(f"{name} cannot be the network of a perceptual loss: {why}") from None
+    return net
+
+
+def perceptual_weight_file(spec: str) -> WeightFile | None:
+    """The file that `load_perceptual_net` will read, without reading it; None if none."""
+    file = encoder_weight_file(*split_perceptual(spec))
+    setting = f"loss.reg.perceptual_net={spec.partition('@')[0]}@{{}}"
+    return file and replace(file, setting=setting, otherwise="set loss.reg.perceptual=0")
+
+
+def split_perceptual(spec: str) -> tuple[str, str | None]:
+    """NAME[@FILE] => (NAME, FILE or None)."""
+    name, _, file = spec.partition("@")
+    return name, file or None

@@ -11,7 +11,7 @@ x_t noised normalised latent, t time in [0, 1] (0 = data, 1 = noise), y label, v
 import inspect
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -152,6 +152,8 @@ class SiT(ModelMixin, ConfigMixin):
     pos_embed: torch.Tensor  # (1, T, D)
     _gradient_checkpointing_func: Any  # set by enable_gradient_checkpointing
     _supports_gradient_checkpointing = True
+    # of diffusers' from_pretrained with a torch_dtype: autocast computes these in float32 as well
+    _keep_in_fp32_modules: ClassVar = ["bn", "y_embedder", "q_norm", "k_norm"]
 
     @register_to_config
     def __init__(

@@ -159,9 +159,10 @@ def vae_from_config(config: Mapping, origin) -> VAE:
     if not isinstance(name, str) or name not in FAMILIES:
         known = " or ".join(FAMILIES)
         raise UserError(f"{origin} is a {shown(name).strip(QUOTE)}, not a VAE: expected {known}")
-    import diffusers
+    with torch.device("cpu"):  # modules that torch 2.6 imports then compute with tensors
+        import diffusers
 
-    network = getattr(diffusers, name)
+        network = getattr(diffusers, name)
     return VAE(network.from_config(arguments_for(network, config, origin)))
 
 
@@ -279,7 +280,10 @@ def _file_in(folder: Path) -> WeightFile:
                 companions=(CONFIG,),
                 otherwise="save the VAE again with save_pretrained",
             )
-    raise UserError(f"{folder} is no diffusers VAE: no {CONFIG} in it, nor in {folder / 'vae'}")
+    hint = "; of a run, name one of its checkpoints" if (folder / "checkpoints").is_dir() else ""
+    raise UserError(
+        f"{folder} is no diffusers VAE: no {CONFIG} in it, nor in {folder / 'vae'}{hint}"
+    )
 
 
 def _config(spec: str) -> dict:

@@ -11,13 +11,14 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import huggingface_hub
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -190,7 +191,9 @@ class WeightFile:
             try:
                 copies = [huggingface_hub.hf_hub_download(self.repo, name) for name in names]
                 return Path(copies[0])
-            except RemoteEntryNotFoundError as error:
+            except LocalEntryNotFoundError:  # no network, which says nothing about the hub
+                raise
+            except EntryNotFoundError as error:
                 absent = error
         assert absent is not None, self.subfolders
         raise absent
@@ -266,9 +269,14 @@ def arguments_for(network: type, config: Mapping, origin) -> dict[str, Any]:
     taken = {name: value for name, value in config.items() if name in hints and name != "return"}
     taken = {n: list(v) if isinstance(v, tuple) else v for n, v in taken.items()}
     try:
-        return {name: _argument(name, value, hints[name]) for name, value in taken.items()}
+        found = {name: _argument(name, value, hints[name]) for name, value in taken.items()}
     except RecordError as error:
         raise UserError(f"config of {origin}: {error}") from None
+    declared = signature(network.__init__).parameters
+    # diffusers 0.35 declares tuples where it adds to a list, as its defaults are
+    wants_list = {name for name in found if isinstance(declared[name].default, list)}
+    wants_list -= {name for name, value in found.items() if value is None}
+    return {name: list(v) if name in wants_list else v for name, v in found.items()}
 
 
 def _argument(name: str, value: Any, kind: Any) -> Any:
@@ -341,7 +349,14 @@ def require_finite(state: Mapping[str, Tensor], origin) -> None:
                 )
 
 
+def count(net: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in net.parameters())
+
+
 def short(error: Exception, length: int = 400) -> str:
-    """An error as one line of at most about `length` characters."""
-    text = " ".join(str(error).split())
+    """An error as one line of at most about `length` characters; of torch's refusals to unpickle
+    what was found, without the advice to load the file all the same."""
+    text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+    text = text.partition(" Check the documentation of torch.load")[0].partition(" Please use ")[0]
     return f"{type(error).__name__}: {text[:length]}{' ...' if len(text) > length else ''}"

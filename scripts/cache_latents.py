@@ -73,9 +73,10 @@ def main() -> None:
     if note := emulation_note(args.precision, ranks.device):
         ranks.print(f"--precision {args.precision}: {note}")
         args.precision = effective_precision(args.precision, ranks.device)
-    check_not_inside(args.out, args.path)
+    check_not_inside("--out", args.out, args.path)
     cli.check_output_folder("--out", args.out)
     source = open_source_of(args)
+    args.resolution = source.resolution  # that of packed data, if none was given
     folder = cache_folder(args, len(source))
     for line in (describe(source), *cautions(source), folder.describe()):
         ranks.print(line)

@@ -1,6 +1,6 @@
 r"""Write the VAE of a checkpoint as a diffusers folder that needs nothing of this repository.
 
-    python scripts/export_vae.py exps/NAME/checkpoints/0400000 my-vae --data packed --path DIR \
+    python scripts/export_vae.py exps/NAME my-vae --data packed --path DIR \
         --evaluation vae.json
 
 OUT holds the weights, a config.json with per-channel latents_mean and latents_std (scaling_factor
@@ -11,7 +11,6 @@ VAE's last weights. `--data` measures them anew, with these very weights.
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -21,13 +20,11 @@ from models.errors import UserError
 from utils import cli
 from utils.data.registry import add_source_arguments, open_source_of
 
-HUB_ID = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
-
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    place = "exps/NAME/checkpoints/0400000, or a diffusers folder"
+    place = "a checkpoint, a run (its newest whole one), a diffusers folder, or a hub id"
     add("checkpoint", type=cli.file_path, metavar="CHECKPOINT", help=place)
     add(
         "out",
@@ -46,15 +43,18 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     what = "record of `evaluate_fid.py --vae --out`"
     add("--evaluation", type=cli.file_path, metavar="FILE", help=what)
-    add("--push-to-hub", metavar="ID", help="also upload OUT to this repository of the hub")
+    add(
+        "--push-to-hub",
+        type=cli.hub_name,
+        metavar="ID",
+        help="also upload OUT to this repository of the hub",
+    )
     args = parser.parse_args(argv)
     if args.path and not args.data:
         raise UserError(f"--path {args.path} needs --data, which says what is there")
     for name in ("num", "seed", "resolution", "split"):
         if not args.data and getattr(args, name) != parser.get_default(name):
             raise UserError(f"--{name} {getattr(args, name)} needs --data, which is to be measured")
-    if args.push_to_hub is not None and not HUB_ID.fullmatch(args.push_to_hub):
-        raise UserError(f"--push-to-hub {args.push_to_hub!r}: expected OWNER/NAME")
     return args
 
 

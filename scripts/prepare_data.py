@@ -21,6 +21,7 @@ from utils import cli
 from utils.data.registry import SOURCES
 
 MOST_WORKERS = 1024
+WORDS = cli.SourceWords("--source {}", "SRC {}", "--resolution {}", "the split {}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,10 +49,10 @@ from utils.files import check_disk
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    check_not_inside(args.out, args.src)
+    check_not_inside("OUT", args.out, args.src)
     cli.check_output_folder("OUT", args.out)
     print(f"listing {args.src} ...", flush=True)
-    source = open_source(args.source, args.src, args.resolution)
+    source = open_source(args.source, args.src, args.resolution, words=WORDS)
     for note in cautions(source):
         print(f"note: {note}")
     print(describe(source), flush=True)

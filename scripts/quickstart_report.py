@@ -1,4 +1,5 @@
-"""The end of the quickstart: score the generated digits, draw grids and curves, write the summary.
+"""The end of the quickstart: score the generated digits, draw grids and curves, write the summary
+and report.html.
 
 python scripts/quickstart_report.py --run exps/quickstart
 """
@@ -24,11 +25,14 @@ if __name__ == "__main__":
     cli.answer_help(parse_args)  # before the imports below, which take seconds
 
 from utils.paper.quickstart_report import report, summary_text
+from utils.report.page import write_report
 
 
 def main() -> None:
     run = parse_args().run
-    print(summary_text(run, report(run)))
+    summary = report(run)
+    write_report([run], run / "report.html")
+    print(summary_text(run, summary))
 
 
 if __name__ == "__main__":

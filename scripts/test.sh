@@ -2,7 +2,7 @@
 # The whole test suite: lint, format, tests. `scripts/test.sh fast` leaves out the slow tests; other
 # arguments go to pytest.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements-dev.txt
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # small networks: threads only wait for each other
 export HF_HUB_OFFLINE=1 # no test downloads anything
 ruff check .

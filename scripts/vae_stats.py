@@ -23,7 +23,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("vae", type=cli.path, metavar="SPEC", help="short name, hub id, diffusers folder, "
-        "checkpoint, or .pt")  # fmt: skip
+        "checkpoint, run, or .pt")  # fmt: skip
     add("--vae-weights", type=cli.path, default="hub", metavar="FILE", help="as vae.weights")
     add_source_arguments(parser)
     add("--num", type=cli.positive, help="number of images to measure on; default: all")
@@ -41,6 +41,7 @@ from utils.data.latents import weights_digest
 from utils.distributed import default_device
 from utils.files import write_json
 from utils.provenance import versions
+from utils.sampling.locate import locate_vae_spec
 
 
 def main() -> None:
@@ -49,16 +50,17 @@ def main() -> None:
         inputs = (args.vae, args.vae_weights, args.path)
         cli.check_output("--out", args.out, ".json", inputs)
     source = open_source_of(args)
-    vae = load_vae(args.vae, args.vae_weights).eval().requires_grad_(False).to(default_device())
+    vae = load_vae(locate_vae_spec(args.vae), args.vae_weights).to(default_device())
+    vae.eval().requires_grad_(False)
     num = min(args.num or len(source), len(source))
     mean, std = (values.tolist() for values in measure_latents(vae, source, num, args.seed))
-    print(f"{args.vae}: latents of {num} of {len(source)} images at {args.resolution} px")
+    print(f"{args.vae}: latents of {num} of {len(source)} images at {source.resolution} px")
     print("channel      mean       std")
     for channel, (m, s) in enumerate(zip(mean, std)):
         print(f"{channel:7} {m:9.5f} {s:9.5f}")
     if args.out:
         facts = {"vae": args.vae, "vae_sha256": weights_digest(vae), "data": args.data}
-        facts |= {"path": args.path, "split": args.split, "resolution": args.resolution}
+        facts |= {"path": args.path, "split": args.split, "resolution": source.resolution}
         facts |= {"num_images": num, "seed": args.seed, "mean": mean, "std": std}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, facts | {"versions": versions()})

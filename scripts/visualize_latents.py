@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli
 from utils.data.registry import add_source_arguments, open_source_of
-from utils.sampling.settings import SamplingSettings
+from utils.sampling.settings import SamplingSettings, add_classes, check_classes
 
 MOST_COLUMNS = 200  # a wider picture cannot be drawn
 
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     command = commands.add_parser("latents", help="PCA of the latents of one or several VAEs")
     add = command.add_argument
     add("--vae", type=cli.path, nargs="+", required=True, metavar="[LABEL=]SPEC",
-        help="short name, checkpoint, diffusers folder, hub id or weight file")  # fmt: skip
+        help="short name, checkpoint, run, diffusers folder, hub id or weight file")  # fmt: skip
     add_source_arguments(command)
     columns = cli.number(int, at_least=1, at_most=MOST_COLUMNS)
     add("--num", type=columns, default=8, help="images shown, evenly spread over the source")
@@ -55,10 +55,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     command = commands.add_parser("progress", help="samples of checkpoints from the same noise")
     add = command.add_argument
-    add("checkpoint", type=cli.file_path, nargs="*", help="exps/NAME/checkpoints/0400000 ...")
+    what = "exps/NAME/checkpoints/0400000, a run (its newest one), OWNER/NAME of the hub, ..."
+    add("checkpoint", type=cli.file_path, nargs="*", help=what)
     add("--run", type=cli.file_path, action="append", default=[], metavar="exps/NAME",
         help="all its whole checkpoints, by step; may be given several times")  # fmt: skip
     add("--num", type=columns, default=8, help="images of each: 0, 1, ... of sample_ddp.py")
+    add_classes(command)
     own = {"solver": "ode-ab2", "steps": 50, "cfg_scale": 2.0, "batch_size": 16}
     SamplingSettings.add_arguments(command, **own)
     add("--out", type=cli.file_path, required=True, help=".png to write")
@@ -67,6 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     inputs = [args.path] if args.command == "latents" else args.checkpoint
     cli.check_output("--out", args.out, ".png", inputs)
     if args.command == "progress":
+        check_classes(args)
         SamplingSettings.from_args(args)
     return args
 
@@ -87,7 +90,8 @@ def main() -> None:
         save_grid_of_rows(args.out, rows)
     else:
         settings = SamplingSettings.from_args(args)
-        save_grid_of_rows(args.out, *progress_rows(args.checkpoint, args.run, settings, args.num))
+        chosen = (args.checkpoint, args.run, settings, args.num, args.classes)
+        save_grid_of_rows(args.out, *progress_rows(*chosen))
 
 
 if __name__ == "__main__":

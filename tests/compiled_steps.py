@@ -22,8 +22,8 @@ from tests.tiny import batch, start, tiny_config
 from utils import compilation
 from utils.config.schema import Config
 from utils.data.registry import open_source
+from utils.pictures.preview import Previewer
 from utils.training.draws import Draws
-from utils.training.preview import Previewer
 
 STEPS = 10
 # eps of AdamW is raised: its first steps are otherwise the sign of each gradient, rounding included
@@ -47,8 +47,8 @@ def run(config: Config) -> tuple[list[dict[str, float]], list[dict[str, int]]]:
         metrics = train_repae.train_step(nets, x[mine], y[mine], draws, config, step)
         rows.append({name: float(value) for name, value in metrics.items()})
         if config.preview.every and config.run.compile and step in (settled, settled + 2):
-            previewer.draw_samples(nets)
-            previewer.reconstruct(nets)
+            previewer.sample(nets)
+            previewer.encode(nets)
         if step in (settled, STEPS - 1):
             compiled.append(done_by_dynamo())
             torch._dynamo.config.error_on_recompile = config.run.compile

@@ -116,7 +116,7 @@ def test_checkpoints_do_not_show_whether_state_is_shared_out(tmp_path, capsys):
     for step in (2, 3, 4):
         assert files_of(shared, step) == files_of(whole, step)
     pictures = [{p.name: p.read_bytes() for p in run.glob("samples/*")} for run in (whole, shared)]
-    assert len(pictures[0]) == 4 and pictures[0].items() <= pictures[1].items()
+    assert len(pictures[0]) == 6 and pictures[0].items() <= pictures[1].items()
     rows = [read_metrics(run / "metrics.jsonl") for run in (whole, shared)]
     values = [[{k: v for k, v in row.items() if k[:5] == "eval/"} for row in r] for r in rows]
     assert any(values[0]) and list(filter(None, values[0])) == list(filter(None, values[1]))

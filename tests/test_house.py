@@ -3,9 +3,12 @@
 python -m pytest tests/test_house.py
 """
 
+import argparse
 import ast
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -25,9 +28,10 @@ FLOORS = (
     ("utils/config",),
     ("utils/data",),
     ("utils/sampling", "utils/evaluation", "utils/pictures"),
+    ("utils/showing",),
     (
         *("utils/training", "utils/cost", "utils/benchmark"),
-        *("utils/doctor", "utils/paper", "utils/published"),
+        *("utils/doctor", "utils/paper", "utils/published", "utils/pipeline", "utils/report"),
     ),
     (".",),
     ("scripts",),
@@ -224,3 +228,33 @@ def test_help_is_light_and_shows_an_example_and_how_to_override_settings(script)
     assert "cli.Parser(__doc__" in source
     if "add_config_arguments" in source:
         assert "key=value" in text and "run.steps=1000" in text and "utils/config/schema.py" in text
+
+
+def options(parser: argparse.ArgumentParser):
+    """Every argument of a parser and of its commands' parsers, with the help that is printed."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from options(command)
+        elif action.default is not argparse.SUPPRESS:
+            yield action, parser._get_formatter()._expand_help(action) if action.help else ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_every_default(script, monkeypatch):
+    found = []
+    monkeypatch.setattr(cli.Parser, "print_help", lambda parser, file=None: found.append(parser))
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    handlers = {number: signal.getsignal(number) for number in cli.SIGNALS}
+    try:
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    (parser,) = found
+    for action, text in options(parser):
+        assert "default: None" not in text and "(default: [])" not in text
+        if action.default or (action.default == 0 and action.default is not False):
+            assert "default" in text, f"{action.option_strings}: {text}"

@@ -14,10 +14,14 @@ import pytest
 from PIL import Image
 
 import sample_ddp
+from models.errors import UserError
 from models.sit import SiT
-from scripts import prepare_data
-from tests.tiny import train, train_here
+from scripts import prepare_data, train_classifier
+from tests.test_readme import WALK, words
+from tests.tiny import ROOT, run_here, train, train_here
 from utils import cli
+from utils.data.base import cautions
+from utils.data.registry import open_source
 from utils.training.tracking import read_metrics
 
 
@@ -52,8 +56,8 @@ def three_classes(root: Path) -> tuple[str, ...]:
 
 
 def packed_flat(root: Path) -> tuple[str, ...]:
-    words = [images(root / "src", 10), root / "out", "--resolution", 16, "--workers", 0]
-    prepare_data.main([str(word) for word in words])
+    given = [images(root / "src", 10), root / "out", "--resolution", 16, "--workers", 0]
+    prepare_data.main([str(word) for word in given])
     return "data.source=packed", f"data.path={root / 'out'}"
 
 
@@ -175,3 +179,204 @@ def test_one_rank_that_meets_too_many_broken_images_ends_both(tmp_path):
     assert "exitcode: 2" in done.stderr and done.stderr.count("Traceback (most") <= 1  # torchrun's
     assert done.stderr.count("more than data.max_bad_images=0") == 1
     assert [*(tmp_path / "tiny" / "checkpoints").glob("000000[1-4]")]
+
+
+# ---- docs/own-data.md ----------------------------------------------------------------------------
+
+# What makes each command of the page small.
+SMALL_RUN = ["run.batch_size=8", "sit.depth=4"]
+SMALL = {
+    "prepare_data": ["--workers", 0],
+    "train_classifier": ["--steps", 2, "--batch-size", 8],
+    "doctor": SMALL_RUN,
+    "train_repae": [*SMALL_RUN, "run.steps=2", "preview.steps=2", "preview.num=4"],
+    "sample_ddp": ["--num-samples", 6, "--solver", "ode-euler", "--steps", 2],
+}
+
+
+@pytest.mark.slow
+def test_the_page_leads_from_a_folder_to_a_report_on_a_cpu(tmp_path, monkeypatch, capsys):
+    """Its commands in their order, with fewer steps, in a folder with nothing else in it."""
+    for k, name in enumerate(["cats", "dogs", "birds"]):
+        images(tmp_path / "pictures" / name, 12, seed=k)
+    (tmp_path / "pictures" / "dogs" / "broken.png").write_bytes(b"broken")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where statistics of a reference are kept
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(tmp_path)
+    done = []
+    for command in WALK:
+        script, *given = (w.replace("configs/", f"{ROOT}/configs/") for w in words(command))
+        assert not run_here(script, *given, *SMALL.get(Path(script).stem, [])), command
+        done.append(Path(script).stem)
+        printed = capsys.readouterr().out
+        assert done[-1] != "doctor" or "0 failed" in printed, printed
+    assert done[0] == "prepare_data" and {"sample_ddp", "evaluate_fid", "report"} <= {*done}
+    assert "2 skipped" not in printed and (tmp_path / "samples" / "nearest.png").is_file()
+    page = (tmp_path / "exps" / "own-cpu" / "report.html").read_text()
+    assert "own-cpu" in page and (tmp_path / "my-pipeline" / "model_index.json").is_file()
+
+
+# ---- folders that are not what they should be ----------------------------------------------------
+
+
+def noted(root: Path) -> str:
+    """What is said of a folder: the error, or the cautions."""
+    try:
+        return " ".join(cautions(open_source("folder", root, 8, words=cli.FLAGS)))
+    except UserError as error:
+        return str(error)
+
+
+LEVELS = {
+    # folders with images => the folder that is given, and what is to be given instead
+    ("train", "val"): (".", "--path {root}/train"),
+    ("train/a", "train/b", "val/a"): (".", "--path {root}/train"),
+    ("a", "b"): ("a", "give --path {root}"),
+    ("images", "masks"): (".", "--path {root}/images"),
+    ("set/pictures/a", "set/pictures/b"): (".", "--path {root}/set/pictures"),
+    ("x/y/z/a", "x/y/z/b"): ("x", "--path {root}/x/y/z"),
+    ("cats", "dogs"): (".", ""),
+    ("train", "val/"): ("train", "one class"),
+}
+
+
+@pytest.mark.parametrize("folders", LEVELS)
+def test_a_folder_on_another_level_is_named(tmp_path, folders):
+    for k, folder in enumerate(folders):
+        images(tmp_path / folder, 2, seed=k)
+    given, expected = LEVELS[folders]
+    text, expected = noted(tmp_path / given), expected.format(root=tmp_path)
+    assert expected in text and (expected or not text), text
+
+
+def test_images_beside_their_labels(tmp_path):
+    images(tmp_path / "images", 2)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "0.txt").write_text("x")
+    assert f"give the only folder with images, --path {tmp_path}/images" in noted(tmp_path)
+
+
+def test_pictures_of_other_kinds_are_to_be_converted(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.tiff").write_bytes(b"")
+    remedy = "convert its 1 other pictures to PNG (first a/1.tiff)"
+    assert noted(tmp_path).endswith(f"also in subfolders; {remedy}")
+    images(tmp_path / "b", 2)
+    assert f"class folder {tmp_path}/a holds no images; {remedy}" in noted(tmp_path)
+
+
+# ---- messages in the words of the program that is run --------------------------------------------
+
+WRONG = {
+    "scripts/prepare_data.py {root}/none {root}/out": "SRC {root}/none: no such folder",
+    "scripts/prepare_data.py {root}/a/0.png {root}/out": "with --source folder",
+    "scripts/prepare_data.py {root} {root}-out --source hdf5": "--source folder",
+    "scripts/prepare_data.py {root} {root}-out --source digits": "--source digits holds pixels",
+    "scripts/vae_stats.py tiny-f2d4 --data folder --path {root}/none": "--path {root}/none: no",
+    "scripts/vae_stats.py tiny-f2d4 --data folder": "needs --path DIR",
+    "scripts/vae_stats.py tiny-f2d4 --data packed --path {root}": "--data folder",
+    "scripts/vae_stats.py tiny-f2d4 --data digits --split val": "--split val: the source digits",
+    "scripts/vae_stats.py tiny-f2d4 --data packed --path {root}-packed --resolution 32": (
+        "--resolution 32 is asked for; give --resolution 16"
+    ),
+    "scripts/cache_latents.py --vae tiny-f2d4 --data folder --path {root}/no --out {root}-c": (
+        "--path {root}/no: no such folder"
+    ),
+    "scripts/train_classifier.py --data folder --path {root}/no --out {root}-c.safetensors": (
+        "--path {root}/no: no such folder"
+    ),
+    # a folder that nothing would have read, and digits in its place
+    "scripts/train_classifier.py --path {root} --out {root}-c.safetensors": (
+        "--path {root}: --data digits reads no folder; leave it out, or give the --data"
+    ),
+    "scripts/train_classifier.py --data folder --path {root} --test-split test --out "
+    "{root}-c.safetensors": "--test-split test: the source folder has all",
+    "scripts/train_classifier.py --train-split val --out {root}-c.safetensors": "--train-split val",
+    "scripts/cache_latents.py --vae tiny-f2d4 --data folder --path {root} --out {root}/c": (
+        "error: --out {root}/c lies inside the data {root}; choose another place"
+    ),
+    "scripts/prepare_data.py {root} {root}/out": "error: OUT {root}/out lies inside the data",
+    "scripts/prepare_data.py {root} {root}-out --resolution 9999": "--resolution 9999: expected 1",
+    "evaluate_fid.py --vae tiny-f2d4 --data digits:train@16 --split test": (
+        "--split test: digits:train@16 asks for another part; leave one of them out"
+    ),
+    "evaluate_fid.py --vae tiny-f2d4 --data folder:{root}@16 --split test": (
+        "--split test: the source folder has all"
+    ),
+    "evaluate_fid.py --vae tiny-f2d4 --data folder:{root}/no": "folder:{root}/no: no such folder",
+    "evaluate_fid.py --vae tiny-f2d4 --data packed:{root}-packed@32": "@32 is asked for; give @16",
+    "evaluate_fid.py --vae tiny-f2d4 --data packed:{root}-packed --resolution 32": (
+        "--resolution 32: packed:{root}-packed holds images of 16 px"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def two_classes(tmp_path_factory) -> Path:
+    """root/a, root/b, and the same packed at 16 px in root-packed."""
+    root = tmp_path_factory.mktemp("data") / "root"
+    for k, name in enumerate("ab"):
+        images(root / name, 6, seed=k)
+    given = [root, f"{root}-packed", "--resolution", 16, "--workers", 0]
+    prepare_data.main([str(word) for word in given])
+    return root
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_a_mistake_is_told_in_the_words_of_the_program(command, two_classes, capsys):
+    script, *given = command.format(root=two_classes).split()
+    assert run_here(script, *given) == 2
+    error = capsys.readouterr().err
+    assert WRONG[command].format(root=two_classes) in error and error.count("\n") == 1
+    assert "data.source" not in error and "data.path" not in error, error
+
+
+def test_packed_data_need_no_resolution(two_classes, tmp_path, capsys):
+    packed = f"{two_classes}-packed"
+    assert open_source("packed", packed).resolution == 16
+    given = ["tiny-f2d4", "--data", "packed", "--path", packed, "--out", tmp_path / "s.json"]
+    assert not run_here("scripts/vae_stats.py", *given)
+    assert json.loads((tmp_path / "s.json").read_text())["resolution"] == 16
+    given = ["--vae", "tiny-f2d4", "--data", "packed", "--path", packed, "--workers", 0]
+    assert not run_here("scripts/cache_latents.py", *given, "--out", tmp_path / "cache")
+    assert json.loads((tmp_path / "cache" / "meta.json").read_text())["resolution"] == 16
+    capsys.readouterr()
+
+
+# ---- a classifier of own data --------------------------------------------------------------------
+
+
+def classify(out: Path, *words) -> int:
+    small = ["--network", "test_byobnet", "--size", 16, "--steps", 2, "--batch-size", 4]
+    return run_here("scripts/train_classifier.py", *small, "--out", out, *words)
+
+
+def test_a_classifier_of_packed_data_holds_out_a_part_of_each_class(two_classes, tmp_path, capsys):
+    where = ["--data", "packed", "--path", f"{two_classes}-packed"]
+    assert not classify(tmp_path / "a.safetensors", *where, "--holdout", 0.3)
+    assert "of 4 held-out images" in capsys.readouterr().out  # 2 of 6 in each of 2 classes
+    args = train_classifier.parse_args([*where, "--out", str(tmp_path / "a.safetensors")])
+    train, test = train_classifier.open_splits(args)
+    again = train_classifier.open_splits(args)
+    assert (train.indices, test.indices) == (again[0].indices, again[1].indices)
+    assert sorted([*train.indices, *test.indices]) == list(range(12))
+    assert np.bincount(test.labels()).tolist() == [1, 1] and train.source.resolution == 16
+
+
+def test_what_cannot_be_classified_is_one_line(two_classes, tmp_path, capsys):
+    out = tmp_path / "a.safetensors"
+    for k, name in enumerate("abc"):
+        images(tmp_path / "single" / name, 1, seed=k)
+    wrong = {
+        ("folder", two_classes / "a"): "all images are one class",
+        ("folder", tmp_path / "single"): "class a has less than two images, and so have 2 other",
+    }
+    for (kind, path), expected in wrong.items():
+        assert classify(out, "--data", kind, "--path", path) == 2
+        error = capsys.readouterr().err
+        assert expected in error and error.count("\n") == 1
+    splits = ["--train-split", "all", "--test-split", "test"]
+    assert classify(out, *splits) == 2
+    assert "359 of the 359 images that are to be held out" in capsys.readouterr().err
+    assert classify(out, "--holdout", 0.2, "--test-split", "test") == 2
+    assert "give one of them" in capsys.readouterr().err and not out.exists()

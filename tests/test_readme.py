@@ -26,7 +26,13 @@ COMMANDS = [
     line.split("  #")[0].strip()
     for line in re.findall(r"^ {4,6}((?:python|accelerate|bash) .*)$", TEXT, re.M)
 ]
-SCRIPTS = [c for c in COMMANDS if not c.startswith("bash")]
+# Of docs/own-data.md: from a folder to a report on a CPU; tests/test_own_data.py runs them in turn.
+WALK = [
+    c
+    for c in COMMANDS
+    if re.search(r"\b(own32|own-cpu|own-data/cpu)\b", c) and not c.startswith("bash")
+]
+SCRIPTS = [c for c in COMMANDS if not c.startswith("bash") and c not in WALK]
 CHECKPOINT = r"exps/[\w-]+/checkpoints/0400000"
 
 
@@ -112,6 +118,7 @@ def test_sampling_writes_its_images(command, run, here, tmp_path):
 def test_the_doctor_reports_every_check(command, run):
     """Neither data nor weights are here, so some checks fail; it names them and continues."""
     small = ["sit.size=SiT-S/2", "sit.depth=8", "vae.train=false"]  # memory is estimated sooner
+    small.append("disc.pretrain_steps=0")
     code, printed = run(*words(command), *small)
     assert code == 2 and "FAIL  data" in printed and "memory    about" in printed, printed
 
@@ -121,6 +128,7 @@ def test_preparing_data_passes_its_dry_run(command, run, tmp_path):
     (tmp_path / "train" / "n01").mkdir(parents=True)
     Image.new("RGB", (300, 300)).save(tmp_path / "train" / "n01" / "a.png")
     parts = [w.replace("/data/imagenet", str(tmp_path)) for w in words(command)]
+    parts = [str(tmp_path / "train") if w == "pictures" else w for w in parts]
     code, printed = run(*parts, "--dry-run")
     assert code == 0, printed
 
@@ -158,9 +166,10 @@ def test_the_commands_about_a_trained_vae_run(command, run, here, tmp_path):
     assert list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", those("import_official"))
-def test_the_commands_that_import_have_valid_arguments(command):
-    """The files are not here; tests/scripts/test_import_official.py imports such files."""
+@pytest.mark.parametrize("command", [*those("import_official"), *those("export_pipeline")])
+def test_the_commands_that_import_or_export_have_valid_arguments(command):
+    """The files are not here; tests/scripts/test_import_official.py imports such files, and
+    tests/utils/pipeline/test_export.py exports."""
     script, *arguments = words(command)
     parse_args = runpy.run_path(str(ROOT / script))["parse_args"]
     assert arguments[0] in map(str, vars(parse_args(arguments)).values())
@@ -173,6 +182,13 @@ def test_the_commands_that_measure_have_valid_arguments(command):
     load_config([ROOT / file for file in args.config], args.overrides)
 
 
+@pytest.mark.parametrize("command", [*those("train_classifier"), *those("nearest_images")])
+def test_the_commands_about_own_data_have_valid_arguments(command):
+    """tests/test_own_data.py runs such commands."""
+    script, *arguments = words(command)
+    runpy.run_path(str(ROOT / script))["parse_args"](arguments)
+
+
 def test_every_command_is_tested_above():
     tested = (
         "train_repae",
@@ -183,7 +199,9 @@ def test_every_command_is_tested_above():
         "cache_latents",
     )
     tested += ("reproduce_tables", "export_vae", "vae_stats", "visualize_latents")
-    tested += ("import_official", "benchmark", "settings_that_fit")
+    tested += ("report",)
+    tested += ("import_official", "benchmark", "settings_that_fit", "export_pipeline")
+    tested += ("train_classifier", "nearest_images")
     assert len(SCRIPTS) > 20
     assert not [c for c in SCRIPTS if Path(words(c)[0]).stem not in tested]
     for name in ("quickstart", "test"):

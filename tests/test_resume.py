@@ -21,10 +21,10 @@ from tests.tiny import ROOT, TINY, tiny_config, train, train_here
 from utils.checkpoint import find_fault
 from utils.config.load import read_saved_config
 from utils.distributed import StopSignal
+from utils.pictures.preview import Previewer
 from utils.process.heartbeat import Stopped
 from utils.training import periodic, tracking
 from utils.training.online_evaluation import OnlineEvaluation
-from utils.training.preview import Previewer
 from utils.training.tracking import read_metrics
 
 # 359 digits in batches of 60: an epoch has 5 steps, so a run resumes in the middle of one
@@ -72,6 +72,7 @@ def test_the_checkpoint_has_the_documented_layout(uninterrupted):
     assert names == weights | {f"{net}/config.json" for net in ("vae", "sit", "sit_ema")} | {
         "discriminator.safetensors",
         "optim.pt",
+        "model_index.json",
         "state.json",
     }
     state = json.loads((uninterrupted / "checkpoints/0000006/state.json").read_text())
@@ -230,7 +231,7 @@ def shown(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shown")
     assert train_here(out, *SHOWN) == 0
     run = out / "tiny"
-    assert [row["step"] for row in losses(run)] == [3, 3, 4, 6, 6] and len(pictures(run)) == 4
+    assert [row["step"] for row in losses(run)] == [3, 3, 4, 6, 6] and len(pictures(run)) == 6
     return run
 
 
@@ -270,23 +271,27 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(
     "what",
-    ["last picture", *slow("first picture", "second picture", "evaluation", "last evaluation")],
+    [
+        "last picture",
+        *slow("first picture", "second picture", "third picture", "evaluation", "last evaluation"),
+    ],
 )
 def test_a_preview_or_an_evaluation_that_a_kill_cut_off_is_made_good(
     shown, tmp_path, what, monkeypatch
 ):
     """Also those of the last step: the same command then does what is missing, and no step."""
-    number = {"first picture": 0, "second picture": 1, "last picture": 2}.get(what, 9)
+    numbers = {"first picture": 0, "second picture": 1, "third picture": 2, "last picture": 5}
+    number = numbers.get(what, 9)
     evaluations = {"evaluation": 0, "last evaluation": 1}.get(what, 9)
     done, measured = [], []
-    save_grid, measure = periodic.save_grid, OnlineEvaluation.measure
+    save_picture, measure = tracking.save_picture, OnlineEvaluation.measure
 
     def cut(path, *rest):
         if len(done) == number:
             path.parent.mkdir(exist_ok=True)
             path.with_name(f".{path.name}.tmp").write_bytes(b"half")
             raise Killed
-        done.append(save_grid(path, *rest))
+        done.append(save_picture(path, *rest))
 
     def cut_measure(*args):
         if len(measured) == evaluations:
@@ -294,7 +299,7 @@ def test_a_preview_or_an_evaluation_that_a_kill_cut_off_is_made_good(
         measured.append(1)
         return measure(*args)
 
-    monkeypatch.setattr(periodic, "save_grid", cut)
+    monkeypatch.setattr(tracking, "save_picture", cut)
     monkeypatch.setattr(OnlineEvaluation, "measure", cut_measure)
     with pytest.raises(Killed):
         train_here(tmp_path, *SHOWN)
@@ -322,7 +327,7 @@ def test_a_signal_during_a_preview_saves_that_step_and_the_picture_comes_later(
     assert [p.name for p in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["0000002"]
     monkeypatch.undo()
     assert train_here(tmp_path, *words) == 0
-    assert len(pictures(tmp_path / "tiny")) == 8
+    assert len(pictures(tmp_path / "tiny")) == 12
 
 
 @pytest.mark.slow

@@ -184,16 +184,16 @@ def test_a_save_or_a_log_line_that_fails_does_not_end_the_run(tmp_path, monkeypa
         sync(tracker)
 
     monkeypatch.setattr(tracking.Tracker, "sync", change)
-    real = periodic.save_grid
+    real = tracking.save_picture
     pictures = []
 
-    def save_grid(path, *rest):
+    def save_picture(path, *rest):
         pictures.append(path.name)
         if len(pictures) <= 2:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
         real(path, *rest)
 
-    monkeypatch.setattr(periodic, "save_grid", save_grid)
+    monkeypatch.setattr(tracking, "save_picture", save_picture)
     previews = ("preview.every=1", "preview.num=2", "preview.steps=2")
     assert train_here(tmp_path, *SMALL, *previews) == 0
     error = capsys.readouterr().err

@@ -68,7 +68,8 @@ def arguments(checkpoint: Path, out: Path, **flags) -> list[str]:
     flags = BASE | {name.replace("_", "-"): value for name, value in flags.items()}
     words = ["--checkpoint", str(checkpoint), "--out", str(out)]
     for name, value in flags.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        if value is not None:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return words
 
 
@@ -129,7 +130,10 @@ def small_blocks(monkeypatch):
 def test_ranks_share_the_blocks(solver, small_blocks, checkpoint, tmp_path, monkeypatch):
     """Two ranks, played one after the other, make the bytes that one makes."""
     flags = {"solver": solver, "cfg_scale": 2.0, "num_samples": 40, "batch_size": 8}
+    if solver == "sde":  # also of chosen classes, as single images
+        flags |= {"classes": "5,3", "png": tmp_path / "png"}
     here(checkpoint, tmp_path / "one.npz", **flags)
+    flags |= {"png": tmp_path / "again"} if "png" in flags else {}
     files = prepared(checkpoint, tmp_path / "two.npz", monkeypatch, **flags)
     settings, todo = files.checkpoint.settings, files.begin()
     nets = load.load_networks(checkpoint, settings, torch.device("cpu"))
@@ -137,8 +141,10 @@ def test_ranks_share_the_blocks(solver, small_blocks, checkpoint, tmp_path, monk
         ranks = SimpleNamespace(rank=rank, world=2, is_main=rank == 0, device=torch.device("cpu"))
         sample_ddp.make_blocks(files, nets, todo, ranks)
         assert files.blocks.unfinished() == ([0, 2] if rank else [])
-    files.finish({})
+    files.finish({}, sample_ddp.save_samples)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    for file in (tmp_path / "png").glob("*"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
 
 def prepared(checkpoint: Path, out: Path, monkeypatch, **flags) -> SampleFiles:
@@ -150,8 +156,12 @@ def prepared(checkpoint: Path, out: Path, monkeypatch, **flags) -> SampleFiles:
 @pytest.mark.slow
 def test_two_ranks_with_half_the_batch_make_the_same_images(checkpoint, tmp_path):
     flags = {"solver": "sde", "cfg_scale": 2.0, "guidance_high": 0.7, "num_samples": 240}
-    one = here(checkpoint, tmp_path / "one.npz", **flags)
-    two = there(checkpoint, tmp_path / "two.npz", ranks=2, batch_size=16, **flags)
+    flags |= {"classes": "3,1,6"}
+    one = here(checkpoint, tmp_path / "one.npz", png=tmp_path / "a", **flags)
+    more = {"ranks": 2, "batch_size": 16, "png": tmp_path / "b"}
+    two = there(checkpoint, tmp_path / "two.npz", **more, **flags)
+    assert_same_to_rounding(two, pngs_of(tmp_path / "b"))
+    assert (tmp_path / "a/labels.csv").read_bytes() == (tmp_path / "b/labels.csv").read_bytes()
     assert [record_of(tmp_path / f"{name}.npz")["ranks"] for name in ("one", "two")] == [1, 2]
     assert_same_to_rounding(one, two)
     assert one.std() > 10 and len({image.tobytes() for image in one}) == 240
@@ -291,9 +301,7 @@ def test_everything_beside_the_npz(checkpoint, tmp_path):
         "a.b.json", "a.b.labels.npy", "a.b.npz", "a.b.png",
     ]  # fmt: skip
     with Image.open(out.with_suffix(".png")) as grid:
-        top_left = np.asarray(grid)[:64:4, :64:4]
-        assert grid.size == (8 * 17 * 4, 8 * 17 * 4)  # one grey pixel after each image
-    assert np.array_equal(top_left, images[0])
+        assert is_in(grid, images[0]) and is_in(grid, images[63]) and not is_in(grid, images[64])
     settings, record = record_of(out)["settings"], record_of(out)
     chosen = {"cfg_scale": 1.5, "guidance_low": 0.1, "guidance_high": 1.0, "timestep_shift": 2.0}
     chosen |= {"num_samples": 96, "solver": "ode-heun", "steps": 6, "class_balanced": False}
@@ -310,8 +318,21 @@ def test_everything_beside_the_npz(checkpoint, tmp_path):
     assert {"torch", "diffusers", "numpy", "commit", "python"} <= set(record["versions"])
     assert (record["ranks"], record["device"], record["images_sampled"]) == (1, "cpu", 96)
     assert record["seconds"] > 0
-    names = set(vars(sample_ddp.parse_args(arguments(checkpoint, out)))) - {"out", "dry_run"}
-    assert names - {"preset"} <= {*settings, *record}  # every flag is on record
+    names = set(vars(sample_ddp.parse_args(arguments(checkpoint, out))))
+    names -= {"out", "dry_run", "list", "png", "preset"}
+    names -= {"classes", "per_class"}  # on record where they are given
+    assert names <= {*settings, *record}  # every flag is on record
+
+
+def is_in(picture: Image.Image, image: np.ndarray) -> bool:
+    """Whether an enlarged copy of an image (16, 16, 3), with all its pixels, is in a picture."""
+    pixels, scale = np.asarray(picture), 96 // 16
+    rows, columns = np.nonzero((pixels == image[0, 0]).all(-1))
+    for row, column in zip(rows, columns):
+        part = pixels[row : row + 96 : scale, column : column + 96 : scale]
+        if np.array_equal(part, image):
+            return True
+    return False
 
 
 def test_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
@@ -447,6 +468,99 @@ def test_labels_reach_the_network(checkpoint, tmp_path):
     assert np.array_equal(same, y == np.arange(96) % CLASSES)
 
 
+# ---------------------------------------------------------------- chosen classes, single images
+
+NAMES = {"0": "tench, Tinca tinca", "1": "goldfish", "5": "otter"}
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """An exported pipeline: its model_index.json knows classes and the path, there is no state."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("named"))
+    index = {"_class_name": "RepaePipeline", "path": "cosine", "id2label": NAMES}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def pngs_of(folder: Path) -> np.ndarray:
+    """All single images of --png in their order, (N, H, W, 3)."""
+    names = sorted(path.name for path in folder.glob("*.png"))
+    assert names == [f"{i:06d}.png" for i in range(len(names))]
+    return np.stack([np.asarray(Image.open(folder / name)) for name in names])
+
+
+def test_chosen_classes_follow_each_other_and_more_of_each_begin_with_the_same(named, tmp_path):
+    few = {"num_samples": None, "classes": "otter,3,Tinca_tinca", "steps": 2}
+    a = here(named, tmp_path / "a.npz", per_class=2, **few)
+    b = here(named, tmp_path / "b.npz", per_class=4, **few)
+    assert len(a) == 6 and len(b) == 12 and np.array_equal(a, b[:6])
+    assert np.load(tmp_path / "b.labels.npy").tolist() == [5, 3, 0] * 4
+    record = record_of(tmp_path / "b.npz")
+    assert record["settings"]["classes"] == [5, 3, 0] and record["settings"]["path"] == "cosine"
+    assert record["class_names"] == ["otter", "class 3", "tench"]
+    with Image.open(tmp_path / "b.png") as grid:
+        assert 3 * 96 < grid.height < 3 * 110  # a row of four for each
+        assert all(is_in(grid, image) for image in b)
+    here(named, tmp_path / "a.npz", per_class=2, **few)  # these are on disk
+    with pytest.raises(UserError, match=r"classes=\[5, 3, 0\], now \[5, 0, 3\]"):
+        here(named, tmp_path / "b.npz", per_class=4, **few | {"classes": "5,0,3"})
+
+
+def test_settings_without_chosen_classes_have_the_hash_that_they_had():
+    """Records of samples from before there was a choice are still those of the same settings."""
+    settings = load.SamplingSettings(path="linear")
+    known = load.SampledCheckpoint(Path("a"), settings, 16, 8, {"vae/x": "0" * 64}).identity(9)
+    assert "classes" not in known and output.hash_settings(known).startswith("315a707f7da69313")
+
+
+def test_each_image_as_a_png_with_its_label(named, tmp_path, small_blocks, monkeypatch, capsys):
+    """Beside the .npz, after a kill, and from an .npz that is there already."""
+    folder, few = tmp_path / "new/png", {"num_samples": 40, "steps": 2}
+    killed_after(1, named, tmp_path / "a.npz", png=folder, **few)
+    assert len(list(folder.glob("*.png"))) == 16 and not (folder / "labels.csv").exists()
+    kept = (folder / "000003.png").stat().st_mtime_ns
+    (folder / "000004.png").unlink()  # by hand
+    images = here(named, tmp_path / "a.npz", png=folder, **few)
+    assert np.array_equal(pngs_of(folder), images)
+    assert (folder / "000003.png").stat().st_mtime_ns == kept
+    head, *rows = (folder / "labels.csv").read_text().splitlines()
+    y = np.load(tmp_path / "a.labels.npy").tolist()
+    titles = {0: "tench", 1: "goldfish", 5: "otter"}
+    assert head == "file,label,class"
+    assert rows == [f"{i:06d}.png,{k},{titles.get(k, f'class {k}')}" for i, k in enumerate(y)]
+
+    monkeypatch.setattr(sample_ddp, "load_networks", None)  # nothing is sampled from here on
+    here(named, tmp_path / "a.npz", png=tmp_path / "later", **few)
+    assert np.array_equal(pngs_of(tmp_path / "later"), images)
+    here(named, tmp_path / "a.npz", png=tmp_path / "later", **few)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("nothing to do")
+    with pytest.raises(UserError, match=r"--png: .*begun with .*seed=0, now 1"):
+        here(named, tmp_path / "c.npz", png=folder, **few, seed=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/cat.png").touch()
+    with pytest.raises(UserError, match=r"--png: .*mine holds other files \(cat.png\)"):
+        here(named, tmp_path / "c.npz", png=tmp_path / "mine", **few)
+    assert not (tmp_path / "c.npz").exists() and not (tmp_path / "c.shards").exists()
+
+
+def test_png_alone_names_the_npz(tmp_path):
+    words = ["--checkpoint", "a", "--png", str(tmp_path / "cats.d")]
+    assert sample_ddp.parse_args(words).out == tmp_path / "cats.d.npz"
+    with pytest.raises(UserError, match="--png /: name a folder in it"):
+        sample_ddp.parse_args([*words[:3], "/"])
+    with pytest.raises(UserError, match=r"name what to write: --out NAME.npz, or --png DIR"):
+        sample_ddp.parse_args(words[:2])
+
+
+def test_the_list_of_checkpoints_needs_no_output(tmp_path, monkeypatch, capsys):
+    words = ["sample_ddp.py", "--checkpoint", str(tmp_path), "--list"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (tmp_path / "checkpoints").mkdir()
+    sample_ddp.main()
+    assert capsys.readouterr().out == f"{tmp_path} holds no whole checkpoint\n"
+
+
 # ---------------------------------------------------------------- finished, unfinished, foreign
 
 
@@ -525,7 +639,7 @@ def test_the_record_of_a_deleted_npz_is_not_taken_for_that_of_the_next(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "save_grid", ctrl_c)
+        patch.setattr(sample_ddp, "save_samples", ctrl_c)
         with pytest.raises(KeyboardInterrupt):
             here(checkpoint, out, seed=1)
     assert out.exists() and not out.with_suffix(".json").exists()
@@ -564,7 +678,15 @@ WRONG = {
     "solver=sde steps=1": "--solver sde needs 2 steps or more",
     "num_samples=97 class_balanced=": "does not split evenly over 8 classes",
     "out=a.png": "--out a.png must end in .npz",
-    "checkpoint=nowhere": "--checkpoint nowhere: no such folder",
+    "classes=dog": "no class 'dog': the names of the classes are not recorded",
+    "classes=8": "no class 8: the labels are 0 to 7",
+    "classes=1,,2": "--classes '1,,2': expected labels or names",
+    "classes=1,1": "class 1 is named twice",
+    "classes=1 class_balanced=": "leave out --class-balanced",
+    "per_class=4": "--per-class 4 needs --classes",
+    "classes=1,2 per_class=4": "--num-samples 96 is not --per-class 4 times 2 of --classes",
+    "classes=1,2,3,4,5": "--num-samples 96 does not split evenly over the 5 of --classes",
+    "checkpoint=nowhere": "checkpoint nowhere: no such folder",
     "stepz=3": "unrecognized arguments: --stepz 3",
 }
 

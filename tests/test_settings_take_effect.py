@@ -23,9 +23,10 @@ from utils.config.load import SETTINGS, load_config, read_saved_config
 from utils.config.resuming import FREE, STARTING, STEERING, is_in
 from utils.config.schema import Config
 from utils.data.training import open_training_data
+from utils.pictures import preview
 from utils.sampling.images import DrawnImages
 from utils.sampling.settings import SamplingSettings
-from utils.training import networks, preview
+from utils.training import networks
 from utils.training.networks import build_networks
 from utils.training.online_evaluation import OnlineEvaluation
 from utils.training.plan import changes_since, check_networks, require_fit, starting_point
@@ -33,6 +34,7 @@ from utils.training.plan import changes_since, check_networks, require_fit, star
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("native_halves")]
 # Everything takes part in a step of this run, so that every setting of it can be seen.
 BASE = ("loss.reg.lecam=0.1", "loss.reg.lpips=1", "run.steps=10", "run.save_every=2")
+BASE += ("loss.reg.perceptual=1", "loss.reg.perceptual_net=timm:test_resnet@random")
 
 # setting: a value that two training steps must tell from that of BASE
 IN_A_STEP = {
@@ -73,6 +75,8 @@ IN_A_STEP = {
     "loss.reg.lpips": "2",
     "loss.reg.lpips_weights": "other.pth",
     "loss.reg.lpips_double_scaling": "true",
+    "loss.reg.perceptual": "2",
+    "loss.reg.perceptual_net": "timm:test_byobnet@random",
     "loss.reg.kl": "1",
     "loss.reg.gan": "1",
     "loss.reg.gan_start": "8",
@@ -127,7 +131,7 @@ def preview_settings(c: Config) -> tuple[int, dict]:
     nets, _ = build_networks(c, source, accelerator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preview, "begin_images", begin)
-        preview.Previewer(c, source, accelerator).draw_samples(nets)
+        preview.Previewer(c, source, accelerator).sample(nets)
     return sum(num for num, _ in told), told[0][1]
 
 

@@ -3,18 +3,29 @@
 python -m pytest tests/test_train.py
 """
 
+import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.sit import SiT
 from models.vae import load_vae
 from tests.tiny import run_here, train, train_here
+from utils.checkpoint import Checkpoints
+from utils.config.load import read_saved_config
+from utils.data.training import open_training_data
+from utils.pictures.grid import MARGIN
+from utils.pictures.preview import picture_files
+from utils.showing.commands import commands
+from utils.showing.trackers import PROJECT
 from utils.training import networks
+from utils.training.sessions import read_sessions
 from utils.training.tracking import read_metrics
 
 EVALUATION = ("eval.every=2", "eval.num=24", "eval.features=pixel", "eval.steps=3")
@@ -30,13 +41,37 @@ def run(tmp_path_factory):
 
 
 def test_pictures_and_curves_are_left(run):
-    """Samples 8 wide; reconstructions in two pairs of rows; tensorboard's events."""
-    for step in ("0000002", "0000004"):
-        samples = Image.open(run / "samples" / f"{step}.png")
-        assert samples.size == (8 * 17 * 4, 17 * 4)
-        pairs = Image.open(run / "samples" / f"{step}-reconstructions.png")
-        assert pairs.size == (8 * 17 * 4, 4 * 17 * 4)
-    assert list((run / "tensorboard").rglob("events.*"))
+    """Eight samples, reconstructions and latents in two pairs of rows, all large enough to be read;
+    tensorboard's events have the same pictures and every number of metrics.jsonl."""
+    events = EventAccumulator(str(run / "tensorboard" / PROJECT), {"images": 0, "scalars": 0})
+    events.Reload()
+    for what in ("samples", "reconstructions", "latents"):
+        kept = {
+            image.step: image.encoded_image_string for image in events.Images(f"pictures/{what}")
+        }
+        assert sorted(kept) == [2, 4]
+        for step, encoded in kept.items():
+            picture = Image.open(picture_files(run, step)[what])
+            width, height = (side - 2 * MARGIN for side in picture.size)
+            assert width >= 8 * 99 and (height - 99 < 30 if what == "samples" else height == 4 * 99)
+            assert picture.tobytes() == Image.open(io.BytesIO(encoded)).convert("RGB").tobytes()
+    for row in read_metrics(run / "metrics.jsonl"):
+        for name, value in row.items():
+            if name != "step":
+                found = {event.step: event.value for event in events.Scalars(name)}
+                assert found[row["step"]] == pytest.approx(value, rel=1e-6)
+
+
+def test_a_run_ends_with_the_commands_that_go_on_from_it_and_with_its_report(run):
+    """The commands of a finished run pass the checks of their programs; its start is recorded."""
+    config = read_saved_config(run / "config.yaml")
+    sample, evaluate = commands(config, open_training_data(config), Checkpoints(run).path(4))
+    for words in (sample, evaluate):
+        script = words[words.index(next(word for word in words if word.endswith(".py"))) :]
+        assert run_here(Path(script[0]).name, *script[1:], "--dry-run") == 0
+    (start,) = read_sessions(run)
+    assert (start["step"], start["checkpoint"], start["ranks"]) == (0, None, 1)
+    assert "tiny" in (run / "report.html").read_text()
 
 
 def test_every_term_is_logged_with_its_name(run):

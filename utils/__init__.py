@@ -26,6 +26,10 @@ cost/        what a step costs, counted on tensors without content: memory, time
 doctor/      checks before a run
 paper/       the paper's tables and the study on digits
 published/   import of published weights, export of VAEs
+pipeline/    a diffusers pipeline of SiT and VAE, and its export
+report/      report.html of one or several runs
 
 What may import what is checked by tests/test_house.py: from above downwards, never in a circle.
 """
+
+import models  # noqa: F401  ends a Python that is too old

@@ -6,6 +6,7 @@
         sit_ema/                   moving average of the SiT: what is sampled
         discriminator.safetensors
         optim.pt                   optimizers, loss scales, LeCam averages: no pickled classes
+        model_index.json           the components and the pipeline's settings, as diffusers has them
         state.json                 step, versions, sha256 of every file and of itself: written last
 
 A checkpoint is written under a temporary name, synced to disk and renamed: a directory with a valid
@@ -34,11 +35,13 @@ from utils.process.ending import say
 from utils.sealed import (
     STATE,
     UNFINISHED,
+    ModelIndex,
     discard,
     find_fault,
     read_state_json,
     remove_checkpoint,
     seal_checkpoint,
+    write_model_index,
 )
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, and most readers here need no network
@@ -66,6 +69,7 @@ class Contents:
 
     latent_stats: per-channel mean and std, (C,), that go into the VAE's config; None = unknown.
     optimizers: nested dictionaries of tensors and plain values, nothing that needs a pickle.
+    index: what model_index.json says of the EMA SiT; None = there is no such file.
     """
 
     vae: VAE
@@ -74,6 +78,7 @@ class Contents:
     ema: SiT | None = None
     disc: PatchGAN | None = None
     optimizers: dict | None = None
+    index: ModelIndex | None = None
 
     def write(self, folder: Path) -> dict[str, str]:
         """Write every part into an existing folder; returns the sha256 of the large files."""
@@ -94,6 +99,8 @@ class Contents:
             with HashedFile(folder / OPTIMIZERS) as file:
                 torch.save(self.optimizers, cast(IO[bytes], file))
             hashes[OPTIMIZERS] = file.sha256
+        if self.ema is not None and self.index is not None:
+            write_model_index(folder, self.vae.net, self.index)
         return hashes
 
     def num_bytes(self) -> int:
@@ -150,7 +157,7 @@ def load_discriminator_weights(disc: PatchGAN, folder: Path) -> bool:
     return True
 
 
-def contents_of(nets, averages: dict | None = None) -> Contents:
+def contents_of(nets, averages: dict | None = None, index: ModelIndex | None = None) -> Contents:
     """What a checkpoint of a run's networks (utils.training.networks.Networks) holds; `averages`:
     the state of the Tracker."""
     optimizers = {name: trained.state_dict() for name, trained in nets.trained.items()}
@@ -158,7 +165,8 @@ def contents_of(nets, averages: dict | None = None) -> Contents:
         optimizers["lecam"] = nets.lecam.state_dict()
     if averages:
         optimizers[AVERAGES] = averages
-    return Contents(nets.vae, nets.ema.bn.stats(), nets.sit, nets.ema, nets.disc, optimizers)
+    stats = nets.ema.bn.stats()
+    return Contents(nets.vae, stats, nets.sit, nets.ema, nets.disc, optimizers, index)
 
 
 def restore_training_state(nets, folder: Path) -> None:
@@ -260,9 +268,9 @@ class Checkpoints:
             report(f"ignored {folder}: {fault}")
         return None
 
-    def whole(self, report: Callable[[str], None] = print) -> list[Path]:
-        """All whole checkpoints by step; `report` as in `latest`."""
-        faults = {folder: self._fault(folder) for folder in self._own()}
+    def whole(self, report: Callable[[str], None] = print, read_all: bool = True) -> list[Path]:
+        """All whole checkpoints by step; `report` and `read_all` as in `latest`."""
+        faults = {folder: self._fault(folder, read_all) for folder in self._own()}
         for folder, fault in faults.items():
             if fault is not None:
                 report(f"ignored {folder}: {fault}")

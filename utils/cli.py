@@ -6,22 +6,38 @@ import argparse
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from math import nan
 from pathlib import Path
-from typing import NoReturn
+from types import TracebackType
+from typing import NamedTuple, NoReturn
 
 from models.errors import UserError, what_is
 from utils.files import expand_path
-from utils.process import heartbeat
+from utils.process import heartbeat, installation
 from utils.process.ending import is_main, run_or_exit
 from utils.process.signals import SIGNALS, die_with_launcher, end_imports
 from utils.records import Range
 
 LONGEST_NAME = 240  # bytes; file systems take 255, and drafts have longer names than their files
+
+
+def _say_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
+    """As `sys.excepthook`, for the imports of a program: a package that is not installed is said in
+    one line."""
+    line = installation.explain(error) if isinstance(error, ModuleNotFoundError) else ""
+    if not line:
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(line, file=sys.stderr)
+    sys.exit(2)
+
+
+sys.excepthook = _say_missing
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +63,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def answer_help(parse_args: Callable, saves: bool = False) -> None:
     """Parse the arguments before a script's slow imports (torch, diffusers), so that --help and a
-    wrong argument are answered within a second. Stands between a script's parser and them.
+    wrong argument are answered within a second, and so is a Python without the packages. Stands
+    between a script's parser and them.
 
     Of several ranks the first one answers. The others exit quietly with code 0: an error code would
     make the launcher kill the first one before it has printed its message. `saves`: whether the
@@ -56,6 +73,8 @@ def answer_help(parse_args: Callable, saves: bool = False) -> None:
     for number in SIGNALS if saves else (signal.SIGINT,):
         signal.signal(number, end_imports)
     die_with_launcher()
+    if not {"-h", "--help"} & set(sys.argv[1:]):
+        run_or_exit(installation.require_torch)
     if is_main():
         run_or_exit(parse_args)
         return
@@ -120,6 +139,13 @@ def file_path(text: str) -> Path:
     return found if found.name else found.absolute()
 
 
+def hub_name(text: str) -> str:
+    """For `type` of an argument: OWNER/NAME of a repository on the Hugging Face hub."""
+    if not re.fullmatch(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected OWNER/NAME")
+    return text
+
+
 def check_output(flag: str, out: Path, suffix: str = "", inputs: Iterable[object] = ()) -> None:
     """`UserError` unless a file can be written at `out`, which ends in `suffix` and is none of the
     `inputs`, nor a file in one that is a folder. Creates nothing; called before the work whose
@@ -182,6 +208,22 @@ def _check_place(flag: str, out: Path, folder: bool = False) -> None:
         raise UserError(f"{flag} {out}: {place} is no folder: choose another place")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {out}: no right to write in {place}: choose another place")
+
+
+class SourceWords(NamedTuple):
+    """How a program's user names a data source in its arguments, so that messages from below can
+    speak of these: each is a text with {} for the value."""
+
+    source: str  # the kind of the data
+    path: str
+    resolution: str
+    split: str
+
+
+SETTINGS = SourceWords(
+    "data.source={}", "data.path={}", "data.resolution={}", "data.split={}"
+)  # of train_repae.py
+FLAGS = SourceWords("--data {}", "--path {}", "--resolution {}", "--split {}")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,6 +34,11 @@ def begin_step() -> None:
     torch.compiler.cudagraph_mark_step_begin()
 
 
+def list_length(config: Any) -> str:
+    """What torch._dynamo calls the length of that list in its config."""
+    return "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+
+
 def _options(mode: str | None) -> dict[str, Any]:
     options: dict[str, Any] = {"backend": BACKEND, "dynamic": False}
     if BACKEND == "inductor":
@@ -44,5 +49,5 @@ def _options(mode: str | None) -> dict[str, Any]:
     else:  # they do: the list is to be long enough for all of them
         from torch._dynamo import config as dynamo  # takes seconds to import
 
-        dynamo.recompile_limit = MOST_NETWORKS * MOST_GRAPHS
+        setattr(dynamo, list_length(dynamo), MOST_NETWORKS * MOST_GRAPHS)
     return options

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -33,7 +34,7 @@ from torch import Tensor
 from models.errors import UserError
 from utils.precision import allow_tf32
 from utils.process import heartbeat
-from utils.process.ending import say
+from utils.process.ending import is_main, say
 from utils.process.heartbeat import Heartbeat, Stopped
 from utils.process.signals import Signals
 
@@ -191,7 +192,17 @@ def _refuse_other_launches() -> None:
 
 def default_device() -> torch.device:
     """CUDA where there is one, else the CPU: Apple's mps has no float64, which statistics need."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        _say_that_mps_is_left_out()
+    return torch.device("cpu")
+
+
+@cache
+def _say_that_mps_is_left_out() -> None:
+    if is_main():
+        say("note: this runs on the CPU: Apple's GPU (mps) has no float64, which statistics need")
 
 
 def _on_cpu() -> bool:

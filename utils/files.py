@@ -14,8 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock, Timeout
-
 from models.errors import UserError, read_json
 
 TEXT = ("utf-8", "surrogateescape")  # file names may hold bytes that are no UTF-8
@@ -145,6 +143,8 @@ def format_bytes(num_bytes: float) -> str:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One command per folder; `UserError` if another one holds it."""
+    from filelock import FileLock, Timeout  # cli.py, which imports this file, needs no package
+
     try:
         with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
             yield
@@ -155,6 +155,28 @@ def locked(folder: Path) -> Iterator[None]:
 def write_json(path: Path, value: object) -> None:
     """`write_atomically` of a value as indented JSON."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def append_json(path: Path, value: dict) -> None:
+    """Write a JSON object as one more line of a file, also behind a line that was cut short."""
+    line = json.dumps(value).encode() + b"\n"
+    with path.open("ab+") as file:
+        if file.tell() and (file.seek(-1, 2), file.read())[1] != b"\n":
+            line = b"\n" + line
+        file.write(line)
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The JSON objects in a file that has one a line; a line that was cut short is passed over."""
+    found = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def write_lines(path: Path, lines: list[str]) -> None:

@@ -1,9 +1,15 @@
-"""What a result was computed with: versions of the packages, commit of this source tree."""
+"""What a result was computed with: device, versions of the packages, commit of this source tree."""
+
+from __future__ import annotations
 
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def versions() -> dict[str, str | None]:
@@ -12,6 +18,23 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), "commit": git_commit()} | {
         name: version(name) for name in names
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Of a GPU or of the CPU, as the driver or the system calls it."""
+    import torch  # takes seconds, which --help need not wait for
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def cpu_name() -> str:
+    """As the system calls it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            lines = [line for line in file if line.startswith("model name")]
+        return lines[0].split(":", 1)[1].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine() or "cpu"
 
 
 def git_commit() -> str | None:

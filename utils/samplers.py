@@ -12,6 +12,7 @@ A new ODE solver is one function and one row:
         for t, t_next in pairwise(times):
             middle = (t + t_next) / 2
             x = x + (t_next - t) * field(x + (middle - t) * field(x, t), middle)
+            x = field.end_step(x, t_next)
         return x
 
     "ode-midpoint": Solver("second order", integrate_midpoint, lambda steps: 2 * steps),
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
     # x, and 1, 2, ... for the first, second, ... draw => standard normal of x's shape and dtype
     NoiseFunction = Callable[[torch.Tensor, int], torch.Tensor]
+    # number of the step from 0 on, the time that it ends at, the state x there => the state from
+    # which to go on, x or another of its shape
+    StepFunction = Callable[[int, float, torch.Tensor], torch.Tensor]
 
 # The default guidance interval, of `sample` and of every program: guide at all times.
 GUIDANCE_INTERVAL = (0.0, 1.0)
@@ -58,6 +62,7 @@ def sample(
     path: str = "linear",
     generator: torch.Generator | NoiseFunction | None = None,
     shift: float = 1.0,
+    on_step: StepFunction | None = None,
 ) -> torch.Tensor:
     """Noise (N, C, h, w) and labels (N,) => normalised latents (N, C, h, w), float32.
 
@@ -65,6 +70,7 @@ def sample(
     outside only the conditional branch runs. `generator` feeds the SDE: torch's, for the whole
     batch at once, or a function such as `utils.sampling.noise.ImageNoise`, for which an image does
     not depend on its batch. `shift` above 1 moves the times towards the noise, see `shift_time`.
+    `on_step` is called after each step, and may exchange the state.
     Raises `UserError` if `cfg_scale` is not 1 and the network has no null label.
 
     Nothing is read back from the device, and nothing is copied to it but the times, once.
@@ -75,6 +81,7 @@ def sample(
     assert steps >= least_steps(solver), (solver, steps)
     with torch.no_grad():
         field = Field(sit, y, cfg_scale, guidance, path, generator)
+        field.on_step = on_step
         times = SOLVERS[solver].times(steps, shift)
         field.keep_on_device(times)
         return SOLVERS[solver].integrate(field, noise.double(), times).float()
@@ -99,6 +106,8 @@ class Field:
 
         self.sit, self.y, self.cfg_scale, self.guidance = sit, y, cfg_scale, guidance
         self.path, self.generator, self.draws = path, generator, 0
+        self.on_step: StepFunction | None = None
+        self.steps_done = 0
         self.kept_times: dict[float, torch.Tensor] = {}
         # A module without weights (an analytic field) sees the state as it is.
         self.dtype = next((p.dtype for p in sit.parameters()), torch.float64)
@@ -141,6 +150,12 @@ class Field:
         if time is None:  # a time between those of the solver
             time = x.new_full((), t, dtype=self.time_dtype)
         return self.sit(x, time.expand(len(x)), y)[0].double()
+
+    def end_step(self, x: torch.Tensor, t: float) -> torch.Tensor:
+        """What a solver calls after each step, with the state at time t; it goes on from what this
+        returns: x itself, unless somebody who looks on has changed it."""
+        self.steps_done += 1
+        return self.on_step(self.steps_done - 1, t, x) if self.on_step else x
 
     def sde_drift(self, x: torch.Tensor, t: float) -> torch.Tensor:
         """v - w s / 2, (N, C, h, w), with the diffusion coefficient w(t) = 2 t and the score s.
@@ -208,7 +223,7 @@ def _shifted(last: float, num: int, shift: float) -> list[float]:
 
 def integrate_euler(field: Field, x: torch.Tensor, times: list[float]) -> torch.Tensor:
     for t, t_next in pairwise(times):
-        x = x + (t_next - t) * field(x, t)
+        x = field.end_step(x + (t_next - t) * field(x, t), t_next)
     return x
 
 
@@ -219,7 +234,7 @@ def integrate_heun(field: Field, x: torch.Tensor, times: list[float]) -> torch.T
         x_next = x + (t_next - t) * v
         if t_next != 0:
             x_next = x + (t_next - t) * 0.5 * (v + field(x_next, t_next))
-        x = x_next
+        x = field.end_step(x_next, t_next)
     return x
 
 
@@ -237,6 +252,7 @@ def integrate_ab2(field: Field, x: torch.Tensor, times: list[float]) -> torch.Te
         else:
             half = dt / (t - t_before) / 2
             x = x + dt * ((1 + half) * v - half * v_before)
+        x = field.end_step(x, t_next)
         v_before, t_before = v, t
     return x
 
@@ -246,8 +262,8 @@ def integrate_sde(field: Field, x: torch.Tensor, times: list[float]) -> torch.Te
     for t, t_next in pairwise(times):
         dt = t_next - t
         mean = x + dt * field.sde_drift(x, t)
-        x = mean + math.sqrt(2 * t * abs(dt)) * field.fresh_noise(x)
-    return x - times[-1] * field.sde_drift(x, times[-1])
+        x = field.end_step(mean + math.sqrt(2 * t * abs(dt)) * field.fresh_noise(x), t_next)
+    return field.end_step(x - times[-1] * field.sde_drift(x, times[-1]), 0.0)
 
 
 class Solver(NamedTuple):

@@ -1,5 +1,8 @@
 """A checkpoint folder that vouches for itself: written whole or not at all, sealed by state.json.
 
+It is a folder of diffusers, too: model_index.json names its components and what their pipeline
+needs to know beside them.
+
 state.json is written last. It names the step and the sha256 of every file, and holds its own hash.
 """
 
@@ -12,7 +15,8 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,6 +29,7 @@ from utils.records import number, parse_record
 STATE = "state.json"
 FORMAT = 2  # of state.json; 1 had no hash of itself
 UNFINISHED = (".tmp-", ".trash-")
+MODEL_INDEX = "model_index.json"
 
 
 def seal_checkpoint(
@@ -129,6 +134,44 @@ def _hash_of_state(state: dict) -> str:
     """sha256 of the content of a state.json, without its own hash."""
     rest = {name: value for name, value in state.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class ModelIndex:
+    """What is read of a model_index.json, beside the classes of its components; None: not said."""
+
+    # interpolant that the SiT was trained on
+    path: str | None = None
+    # readable names of the classes, by their label in text
+    id2label: dict[str, str] | None = None
+    # of utils/samplers.py
+    solver: str | None = None
+
+
+def write_model_index(folder: Path, vae: object, index: ModelIndex) -> None:
+    """Make a pipeline of a folder with `vae`, a diffusers autoencoder, in vae/ and a SiT in
+    sit_ema/."""
+    content = {"_class_name": "RepaePipeline", "_diffusers_version": version("diffusers")}
+    content |= {"vae": ["diffusers", type(vae).__name__], "sit_ema": ["models.sit", "SiT"]}
+    content |= {name: value for name, value in asdict(index).items() if value is not None}
+    (folder / MODEL_INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_model_index(folder: Path) -> ModelIndex:
+    """Of a folder without one, nothing is known. `UserError` for one that is none of ours."""
+    path, remedy = folder / MODEL_INDEX, "copy its folder again"
+    if not os.path.lexists(path):
+        return ModelIndex()
+    try:
+        index = parse_record(read_json(path, remedy), ModelIndex)
+    except RecordError as error:
+        raise UserError(f"{path}: {error}; {remedy}") from None
+    if index.path not in (None, *PATHS):
+        known = ", ".join(PATHS)
+        raise UserError(f"{path}: path={index.path!r}: expected one of {known}; {remedy}")
+    if not all(label.isascii() and label.isdigit() for label in index.id2label or {}):
+        raise UserError(f'{path}: id2label: expected names by their label, like {{"0": ...}}')
+    return index
 
 
 # checkpoints that this process has read or written as whole, as they were then: read but once

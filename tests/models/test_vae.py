@@ -213,9 +213,10 @@ def test_full_size_on_the_meta_device(name, params, latent):
     assert vae.latent_shape(256) == latent
 
 
-def test_quickstart_vae_halves_the_resolution_and_has_no_attention():
-    vae = build_vae("tiny-f2d4")
-    assert vae.downsample_factor == 2 and vae.latent_shape(16) == (4, 8, 8)
+@pytest.mark.parametrize(("name", "latent"), [("tiny-f2d4", (4, 8, 8)), ("tiny-f4d8", (8, 4, 4))])
+def test_the_vaes_of_digits_have_latents_of_their_names_and_no_attention(name, latent):
+    vae = build_vae(name)
+    assert vae.latent_shape(16) == latent
     assert not any("attentions" in key for key in vae.state_dict())
     assert vae(torch.zeros(1, 3, 16, 16))[2].shape == (1, 3, 16, 16)
 
@@ -577,6 +578,8 @@ def test_a_wrong_entry_in_a_config_is_one_line(tmp_path, name, key):
     build_vae(name).save(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
+    if key not in config:
+        pytest.skip("this diffusers has no such setting")
     for value in (*WRONG_VALUES, [0] * 4, 0):
         if value == config[key]:
             continue

@@ -6,7 +6,7 @@ import os
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -144,7 +144,7 @@ def test_the_next_folder_is_tried_only_where_the_hub_says_that_a_file_is_absent(
         asked.append(name)
         if not name.startswith("vae/"):
             if absent:
-                raise RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError)
+                raise EntryNotFoundError.__new__(EntryNotFoundError)
             raise LocalEntryNotFoundError("no network")
         return str(hub_cache / name)
 
@@ -323,7 +323,10 @@ def test_weights_are_finite_floats(tmp_path, kind):
     torch.nn.init.ones_(net.bias)
     state = net.state_dict()
     before = {name: value.clone() for name, value in state.items()}
-    save_file(state | {"bias": STRANGE[kind](state["bias"])}, tmp_path / "w.safetensors")
+    try:
+        save_file(state | {"bias": STRANGE[kind](state["bias"])}, tmp_path / "w.safetensors")
+    except KeyError:  # complex ones, before safetensors 0.7
+        pytest.skip("this safetensors writes no such numbers")
     with pytest.raises(UserError, match=r"w\.safetensors.*bias") as caught:
         load_strictly(net, read_state(tmp_path / "w.safetensors"), tmp_path / "w.safetensors", "it")
     message(caught)
@@ -348,3 +351,13 @@ def test_a_config_that_is_no_object_is_one_line(tmp_path, content):
     with pytest.raises(UserError, match=r"config\.json") as caught:
         read_config(tmp_path / "config.json")
     message(caught)
+
+
+def test_nobody_is_advised_to_unpickle_what_was_refused(tmp_path):
+    (tmp_path / "a.pt").write_text("import this")
+    torch.save({"a": nn.Linear(1, 1)}, tmp_path / "b.pt")
+    for name, found in (("a.pt", "Unsupported operand"), ("b.pt", "Unsupported global")):
+        with pytest.raises(UserError, match=found) as error:
+            read_state(tmp_path / name)
+        text = str(error.value)
+        assert "weights_only" not in text and "add_safe_globals" not in text, text

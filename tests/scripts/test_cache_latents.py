@@ -277,7 +277,10 @@ def test_another_vae_is_refused_by_name(images, vae, cache, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("data.resolution=32", "encoder.grid=8"), "resolution 16, but 32"),
+        (
+            ("data.resolution=32", "encoder.grid=8"),
+            "resolution 16; cache again, or set data.resolution=16",
+        ),
         (("encoder.cached=true", "encoder.grid=2"), "tokens"),
         (("encoder.cached=true", "encoder.names=[timm:test_vit]"), "timm:test_vit"),
         (("encoder.cached=true", "encoder.weights=[]"), "'published'"),

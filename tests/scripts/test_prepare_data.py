@@ -304,7 +304,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
         cli.run(prepare_data.main)
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "data.path=nowhere: no such folder" in error
+    assert error.count("\n") == 1 and "SRC nowhere: no such folder" in error
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ python -m pytest tests/scripts/test_visualize_latents.py        (CPU, no network
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +253,16 @@ def test_images_are_those_of_draw_images_and_of_sample_ddp(run_dir, tmp_path):
         sample_ddp.main()
     x_u8 = torch.from_numpy(np.load(tmp_path / "a.npz")["arr_0"]).permute(0, 3, 1, 2)
     assert np.array_equal(row, enlarged(x_u8))
+
+
+def test_chosen_classes_of_a_run_by_its_name(run_dir, tmp_path):
+    words = ("--classes", "2,0", "--seed", 3)
+    (row,) = cells(progress(tmp_path / "a.png", run_dir, *words), 1, 4)
+    settings = SamplingSettings(seed=3, solver="ode-ab2", steps=3, cfg_scale=2.0, precision="fp32")
+    sit = SiT.from_pretrained(run_dir / "checkpoints/0000006/sit_ema").eval()
+    chosen = replace(settings, classes=(2, 0))
+    images = draw_images(chosen, sit, awake("tiny-f2d4", 1).eval(), range(4), torch.device("cpu"))
+    assert np.array_equal(row, enlarged(images))
 
 
 def test_many_images_are_those_of_one_batch(run_dir, tmp_path):

@@ -74,12 +74,12 @@ def test_modes_of_training_are_compiled_once_each(net):
 def test_a_torch_with_one_list_for_all_networks_keeps_all_their_graphs(net, monkeypatch):
     newest = torch.compile
 
-    def older(model=None, *, dynamic=None, backend="inductor", mode=None):  # torch 2.11 to 2.13
+    def older(model=None, *, dynamic=None, backend="inductor", mode=None):  # torch 2.6 to 2.13
         return newest(model, dynamic=dynamic, backend=backend, mode=mode)
 
     monkeypatch.setattr(torch, "compile", older)
     # monkeypatch would leave the entry of this config hidden
-    with torch._dynamo.config.patch(recompile_limit=8):
+    with torch._dynamo.config.patch({compilation.list_length(torch._dynamo.config): 8}):
         compilation.compile_network(net)
         for number in range(2, 14):
             net(torch.randn(number, 3))
@@ -132,11 +132,12 @@ def test_what_runs_between_steps_and_what_joins_ranks_has_no_cuda_graphs(monkeyp
         lambda net, *names, cuda_graphs: made.update({net: cuda_graphs}),
     )
     nets: Any = SimpleNamespace(
-        vae="vae", sit="sit", lpips="lpips", disc="disc", encoders=["encoder"], cuda_graphs=True
-    )
+        vae="vae", sit="sit", lpips="lpips", perceptual="perceptual", disc="disc",
+        encoders=["encoder"], cuda_graphs=True,
+    )  # fmt: skip
     c = tiny_config()
     networks._compile(nets, c, 1)
-    assert made == dict.fromkeys(("vae", "sit", "lpips", "encoder", "disc"), True)
+    assert made == dict.fromkeys(("vae", "sit", "lpips", "perceptual", "encoder", "disc"), True)
     networks._compile(nets, c, 2)
     assert made["disc"] is False
     networks._compile(nets, tiny_config("disc.norm=group", "disc.channels=16"), 2)

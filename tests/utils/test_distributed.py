@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from models.errors import UserError
 from utils import distributed
@@ -41,16 +42,20 @@ def test_the_other_ranks_get_the_value_or_end_in_silence(monkeypatch):
     assert end.value.code == 0
 
 
-def test_an_apple_gpu_is_not_used(monkeypatch):
+def test_an_apple_gpu_is_not_used_and_that_is_said_once(monkeypatch, capsys, tmp_path, accelerator):
     """mps has no float64, in which statistics, metrics and the sampler's state are kept: the
-    quickstart would crash at the first of them."""
+    quickstart would crash at the first of them. The fixture restores accelerate's state."""
+    del accelerator
+    AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda *a, **k: True)
-    assert default_device().type == "cpu"
-    assert Ranks(distributed=False).device.type == "cpu"
-    from utils.distributed import _on_cpu
-
-    assert _on_cpu()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    distributed._say_that_mps_is_left_out.cache_clear()
+    assert default_device().type == Ranks(distributed=False).device.type == "cpu"
+    assert distributed.start(tmp_path, [], tf32=False).device.type == "cpu"
+    assert Ranks().device.type == "cpu"
+    assert capsys.readouterr().err.count("this runs on the CPU") == 1
 
 
 def test_run_bucket_mb_is_the_size_of_the_buckets_of_gradients(tmp_path, accelerator):

@@ -264,6 +264,7 @@ def test_a_new_solver_is_one_function_and_one_row(monkeypatch):
         for t, t_next in pairwise(times):
             middle = (t + t_next) / 2
             x = x + (t_next - t) * field(x + (middle - t) * field(x, t), middle)
+            x = field.end_step(x, t_next)
         return x
 
     row = Solver("second order", integrate_midpoint, lambda steps: 2 * steps)
@@ -271,6 +272,25 @@ def test_a_new_solver_is_one_function_and_one_row(monkeypatch):
     (coarse, calls), (fine, _) = error("ode-midpoint", 64), error("ode-midpoint", 128)
     assert math.log2(coarse / fine) > 1.75
     assert calls == network_calls("ode-midpoint", 64) == 128
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_who_looks_on_sees_each_step_and_may_change_it(solver, sit, start):
+    noise, y = start
+    how, seen = {"solver": solver, "steps": 4, "generator": ImageNoise(0, range(5))}, []
+
+    def look_on(step, t, x):
+        seen.append((step, t, x))
+        return x
+
+    plain = sample(sit, noise, y, **how)
+    assert torch.equal(plain, sample(sit, noise, y, **how, on_step=look_on))
+    steps, times, states = zip(*seen)
+    ends = [*SOLVERS[solver].times(4, 1.0)[1:], 0.0][:4]
+    assert steps == (0, 1, 2, 3) and list(times) == ends and times[-1] == 0
+    assert torch.equal(states[-1].float(), plain) and states[0].dtype == torch.float64
+    gone = sample(sit, noise, y, **how, on_step=lambda step, t, x: x if step < 3 else x * 0)
+    assert not gone.any()
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     SamplingSettings.add_arguments(group)
     add = group.add_argument
     add("--solver-steps", type=cli.positive, help="of the solver; default: that of --preset")
-    add("--checkpoint", type=cli.file_path, metavar="DIR", help="its networks, not random ones")
+    what = "networks of a checkpoint, of a run's newest, or of OWNER/NAME of the hub"
+    add("--checkpoint", type=cli.file_path, metavar="DIR", help=what)
     cli.add_config_arguments(parser)
     add = parser.add_argument
     add("--sample", action="store_true", help="measure sampling instead of training")

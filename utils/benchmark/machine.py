@@ -1,6 +1,5 @@
 """The device of a benchmark: its name, its peak memory, its matrix products; counted FLOPs."""
 
-import platform
 import resource
 import sys
 import time
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from utils.distributed import Ranks
 from utils.precision import DTYPES, allow_tf32
-from utils.provenance import versions
+from utils.provenance import device_name, versions
 
 GIB = 2**30
 # side of the square matrices whose product is timed, and how often: some 20 ms each on an H100 in
@@ -26,23 +25,12 @@ PRODUCTS = 10
 
 def describe_device(device: torch.device) -> dict[str, Any]:
     """{"device": its name, "versions": of what drives it and of this code}."""
-    facts = {"device": cpu_name(), "versions": dict(versions())}
+    facts = {"device": device_name(device), "versions": dict(versions())}
     if device.type == "cuda":
-        facts["device"] = torch.cuda.get_device_name(device)
         facts["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     else:
         facts["threads"] = torch.get_num_threads()
     return facts
-
-
-def cpu_name() -> str:
-    """As the system calls it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            lines = [line for line in file if line.startswith("model name")]
-        return lines[0].split(":", 1)[1].strip()
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine() or "cpu"
 
 
 def synchronize(device: torch.device) -> None:

@@ -12,6 +12,7 @@ from utils.config.schema import Config
 from utils.distributed import Ranks
 from utils.sampling.images import draw_images
 from utils.sampling.load import load_networks, open_checkpoint, prepare_networks, settings_for
+from utils.sampling.locate import locate_checkpoint
 from utils.sampling.settings import SamplingSettings
 from utils.training.networks import build_sit
 
@@ -30,6 +31,8 @@ def measure_sampling(
     ranks = Ranks()
     settings = settings_for(ranks.device, settings)
     if checkpoint:
+        given = checkpoint
+        checkpoint = ranks.on_main(lambda: locate_checkpoint(given))
         settings = open_checkpoint(checkpoint, settings).settings
         sit, vae = load_networks(checkpoint, settings, ranks.device)
     else:

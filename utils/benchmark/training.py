@@ -4,6 +4,7 @@ Weights and pixels do not change what a step costs, so that nothing has to be do
 images wait in the memory of the host, pinned as a loader's are, and go to the device at every step.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import repeat
@@ -37,9 +38,12 @@ ENDLESS = 10**9  # steps
 
 def with_random_weights(c: Config) -> Config:
     """A config of the same networks that reads no weights and downloads nothing; only the VAE and
-    the encoders of cached latents keep theirs, since a cache belongs to them."""
+    the encoders of cached latents keep theirs, since a cache belongs to them, and the perceptual
+    loss its file, if it is here, as it states the size of images."""
     known = min(c.latent_norm.stats_images, STATS_IMAGES)
     reg, joined = replace(c.loss.reg, lpips_weights="random"), c.data.latents is not None
+    if reg.perceptual_net and not os.path.isfile(reg.perceptual_net.partition("@")[2]):
+        reg.perceptual_net = f"{reg.perceptual_net.partition('@')[0]}@random"
     vae, init_from = (c.vae, c.run.init_from) if joined else (replace(c.vae, weights=None), None)
     encoder = c.encoder
     if not encoder.cached:

@@ -77,20 +77,18 @@ class RunConfig:
     compile_mode: Literal["default", "reduce-overhead"] = "default"
     # Networks whose activations are computed again in the backward pass: less memory, and slower.
     checkpointing: Literal["none", "vae", "sit", "both"] = "none"
-    # true = channels-last (NHWC) convolutions in the VAE, the discriminator and LPIPS. null = on
-    # GPUs alone.
+    # true = channels-last (NHWC) convolutions in the networks of L_REG. null = on GPUs alone.
     channels_last: bool | None = None
     # Number format of LPIPS: tf32 (float32 where run.tf32=false), or fp16 with a loss scale.
     lpips_precision: Literal["tf32", "fp16"] = "tf32"
     # MiB of gradients that ranks average at a time, while the backward pass computes the next ones.
     bucket_mb: int = number(25, at_least=1, at_most=10_000)
-    # true = each rank keeps a share of the optimizers' state and of the EMA. Weights, metrics and
-    # checkpoints are the same.
+    # true = each rank keeps a share of the optimizers' state and of the EMA; all else is the same.
     shard_optimizer: bool = False
     # auto = continue from this run's newest complete checkpoint; never; or a checkpoint folder.
     resume: str = path_or("auto")
-    # Checkpoint folder whose weights a new run starts with. null = none. vae.name is then that of
-    # its VAE, if not given, and vae.weights is null; a disc.weights that is given comes first.
+    # Checkpoint folder (no run, no hub id) whose weights a new run starts with, or null. Then
+    # vae.name, if not given, is that of its VAE, vae.weights null; disc.weights comes first.
     init_from: str | None = path_or(None)
     # Names of settings, e.g. [vae.optim.lr], that a resumed run may change although they change it.
     allow_change: list[str] = field(default_factory=list)
@@ -149,8 +147,7 @@ class VaeConfig:
 
     # Short name (models/vae_families.py), hub id, diffusers folder or CompVis .pt file.
     name: str = path_or("sdvae")
-    # hub = the published weights; a folder or file; null = those of run.init_from, or without it
-    # random weights (from scratch).
+    # hub = the published weights; a folder or file; null = those of run.init_from, or random.
     weights: str | None = path_or("hub")
     # true = REPA-E, which trains it. false = frozen, as in REPA and plain SiT.
     train: bool = True
@@ -265,6 +262,10 @@ class RegConfig:
     lpips_weights: str | None = path_or(None)
     # true = VGG sees [-3, 1] instead of [-1, 1], as in the published runs.
     lpips_double_scaling: bool = False
+    # Weight of the distance in the features of perceptual_net, beside LPIPS or in its place.
+    perceptual: float = number(0.0, at_least=0, at_most=1e6)
+    # NAME as in encoder.names, e.g. timm:resnet18 (published weights), or NAME@FILE.
+    perceptual_net: str | None = path_or(None, "[^@]*@")
     # Weight of the KL divergence, summed over the latent and averaged over images.
     kl: float = number(1e-6, at_least=0, at_most=1e6)
     # Weight of the generator's GAN loss, fixed. 0 = no discriminator.

@@ -76,7 +76,18 @@ def _folder_errors(config: Config) -> Iterator[str]:
         started = any((config.run_dir / "checkpoints").glob("[0-9]*"))
         origin = None if started or run.resume not in ("auto", "never") else run.init_from
         if origin is not None and not os.path.isfile(Path(origin) / "sit" / "config.json"):
-            yield f"run.init_from={origin} is no checkpoint folder: it has no sit/config.json"
+            yield (f"run.init_from={origin} is no checkpoint folder: it has no sit/config.json; "
+                   f"{_other_origin(Path(origin))}")  # fmt: skip
+
+
+def _other_origin(given: Path) -> str:
+    """What to name as run.init_from instead of what is no checkpoint folder."""
+    run = given.parent if given.name == "checkpoints" else given
+    if steps := sorted((run / "checkpoints").glob("[0-9]*")):
+        return f"that is a run, name one of its checkpoints, e.g. {steps[-1]}"
+    if (given / "sit_ema").is_dir():
+        return "an exported pipeline has no raw weights to train on, name a checkpoint of a run"
+    return "name one like exps/NAME/checkpoints/0400000"
 
 
 def _network_errors(config: Config) -> Iterator[str]:
@@ -123,6 +134,10 @@ def _loss_errors(config: Config) -> Iterator[str]:
                "loss.align.sit=0: set loss.align.vae=0 too, or vae.train=false")  # fmt: skip
     if config.uses_encoder and align.depth > blocks:
         yield f"loss.align.depth={align.depth} must be at most {blocks}, the blocks of the SiT"
+    reg = config.loss.reg
+    if config.vae.train and reg.perceptual > 0 and not (reg.perceptual_net or "").partition("@")[0]:
+        yield (f"loss.reg.perceptual={reg.perceptual} needs a network: set loss.reg.perceptual_net "
+               "to NAME or NAME@FILE, e.g. timm:resnet18, or loss.reg.perceptual=0")  # fmt: skip
     for name, section in (("preview", config.preview), ("eval", config.eval)):
         guided = section.every > 0 and section.cfg_scale != 1
         if guided and config.sit.class_dropout_prob == 0:

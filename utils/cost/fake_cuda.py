@@ -21,12 +21,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.torch_version import TorchVersion
 from torch.utils import _foreach_utils
 
+from models.errors import UserError
 from utils.cost.backward import Backward
 
 FLASH_WIDEST = 256  # largest head of the flash kernel; wider ones take the memory-efficient kernel
 HALF = (torch.float16, torch.bfloat16)
+OLDEST_TORCH = "2.11"  # torch 2.6 and 2.9 abort the process on such tensors
+
+
+def too_old() -> str:
+    """Why this torch cannot count what a run needs; "" if it can."""
+    if TorchVersion(torch.__version__) >= OLDEST_TORCH:
+        return ""
+    return (
+        f"predictions of memory and time need torch {OLDEST_TORCH} or newer, and this is "
+        f"{torch.__version__}; training, sampling and evaluation do not"
+    )
 
 
 @contextmanager
@@ -35,6 +48,8 @@ def fake_cuda(mode: FakeTensorMode) -> Iterator[Backward]:
 
     mode: that of `new_mode`, one for all tensors that meet.
     """
+    if reason := too_old():
+        raise UserError(reason)
     backward = Backward()
     with ExitStack() as stack:
         stack.enter_context(mode)  # first: it asks whether there is a GPU

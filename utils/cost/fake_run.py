@@ -135,7 +135,7 @@ def cached_rows(nets: Networks, c: Config, n: int) -> list[Tensor]:
 
 
 def all_networks(nets: Networks) -> list[nn.Module]:
-    single = (nets.vae, nets.sit, nets.ema, nets.disc, nets.lpips, nets.lecam)
+    single = (nets.vae, nets.sit, nets.ema, nets.disc, nets.lpips, nets.perceptual, nets.lecam)
     return [net for net in (*single, *nets.encoders) if net is not None]
 
 

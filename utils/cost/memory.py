@@ -15,10 +15,11 @@ Previews and evaluations are not included.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from models.weights import count
 from utils.config.schema import Config
 from utils.cost.counter import Counted
 from utils.cost.fake_run import FakeRun, cached_rows
-from utils.training.networks import Networks, count
+from utils.training.networks import Networks
 
 GIB = 2**30
 # CUDA context, NCCL, cuDNN workspaces, gaps in the allocator: assumed, not measured.

@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from models.errors import UserError, read_json
+from utils import cli
 from utils.data.images import ImageFileError
 from utils.files import TEXT
 
@@ -65,6 +66,8 @@ class Source(ABC):
     path_may_be_file: bool = False  # whether data.path may be a file; else it must be a folder
     splits: tuple[str, ...] = ("all",)  # values of data.split
 
+    # how the user names the arguments that this was opened by, for messages
+    words: cli.SourceWords = cli.SETTINGS
     root: Path | None = None  # the folder or file of the data, if there is one
     resolution: int  # side of the images, in pixels
     classes: Sequence[str]  # names of the classes, in the order of the labels
@@ -79,6 +82,12 @@ class Source(ABC):
     def __init__(self, root: Path | None, resolution: int, split: str = "all") -> None:
         """Open the data; `UserError` if they are not there or cannot be used."""
         self.root, self.resolution = root, resolution
+
+    @classmethod
+    def own_resolution(cls, root: Path) -> int | None:
+        """The resolution that the data at `root` have, where that is no choice; None where it is.
+        `UserError` if they cannot be used."""
+        return None
 
     @property
     def num_classes(self) -> int:
@@ -198,7 +207,7 @@ def cautions(source: Source) -> list[str]:
     if source.num_classes == 1:
         notes.append(
             "all images are one class: guidance does next to nothing; if there should be more, "
-            "data.path must be the folder that holds the class folders"
+            "give the folder that holds the class folders"
         )
     return notes
 

@@ -1,21 +1,30 @@
 """Images in a folder: one subfolder a class, or all in one class."""
 
+import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from models.errors import UserError
+from utils.cli import SourceWords
 from utils.data.base import Names, Source, number_classes, printable, read_labels
 from utils.data.images import read_image
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# Pictures of these kinds are ignored, and their users told so.
+UNREAD_EXTENSIONS = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".ppm")
 LABELS = "dataset.json"  # of the layout of EDM's and REPA's tools, whose folders are no classes
 # Folders of these names hold parts of a data set, each with the class folders.
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+# Folders of these names lie beside the images and belong to them; none of them is a class.
+COMPANIONS = {"label", "labels", "mask", "masks", "annotation", "annotations", "gt", "depth"}
+COMPANIONS |= {"segmentation", "segmentations", "bbox", "bboxes", "thumbnail", "thumbnails"}
+SIBLINGS = 100  # entries beside a folder that are looked at
 
 
 class FolderSource(Source):
@@ -31,12 +40,12 @@ class FolderSource(Source):
 
     def __init__(self, root: Path, resolution: int, split: str = "all") -> None:
         super().__init__(root, resolution)
-        found = _Listing(root)
+        found = _Listing(root, self.words)
         if os.path.lexists(root / LABELS):
             names = sorted(name for below in found.per_class for name in below) + found.flat
             labels = read_labels(root / LABELS, names)
             self.labels, self.classes, notes = number_classes(labels, None, root / LABELS)
-            notes.append(f"the labels are those of {root / LABELS}, not the folders")
+            notes = [*notes, f"the labels are those of {root / LABELS}, not the folders"]
         else:
             self.classes, per_class, notes = found.classes_of_folders()
             names = [name for below in per_class for name in below]
@@ -66,8 +75,8 @@ class _Listing:
     """The images below a folder: `flat` in the folder itself, `per_class` below each of its
     `folders`, sorted paths below root."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, words: SourceWords) -> None:
+        self.root, self.words = root, words
         self.ignored: list[str] = []  # visible files that are no images by their names
         # (device, inode) of the folders above: a link to one of them would never end
         above = [_identity(folder) for folder in (root, *Path(os.path.realpath(root)).parents)]
@@ -77,7 +86,8 @@ class _Listing:
         self.per_class = [self._below(folder, above) for folder in self.folders]
         if not (self.flat or any(self.per_class)):
             text = f"no images in {root}: looked for {', '.join(IMAGE_EXTENSIONS)}"
-            raise UserError(f"{text}, also in subfolders; give the folder of the class folders")
+            remedy = self._unread("") or "give the folder of the class folders"
+            raise UserError(f"{text}, also in subfolders; {remedy}")
 
     def _scan(self, folder: str) -> tuple[list[str], list[str]]:
         """Paths below root of the visible folders and files in a folder."""
@@ -97,6 +107,13 @@ class _Listing:
         self.ignored += [f for f in files if not is_image_name(f) and f != LABELS]
         return [f for f in files if is_image_name(f)]
 
+    def _unread(self, folder: str) -> str:
+        """What to do about the pictures below a folder that are of no kind that is read, if any."""
+        found = [f for f in self.ignored if f.lower().endswith(UNREAD_EXTENSIONS)]
+        found = [f for f in found if not folder or f.startswith(f"{folder}/")]
+        first = printable(min(found, default=""))
+        return f"convert its {len(found)} other pictures to PNG (first {first})" if found else ""
+
     def _below(self, top: str, above: list[tuple[int, int]]) -> list[str]:
         """All images below a class folder. Links to folders are followed, each folder once."""
         images, seen, todo = [], set(), [(top, above)]
@@ -112,34 +129,83 @@ class _Listing:
                 todo += [(each, [*above, identity]) for each in sorted(folders, reverse=True)]
         return sorted(images)
 
-    def classes_of_folders(self) -> tuple[list[str], list[list[str]], list[str]]:
+    def classes_of_folders(self) -> tuple[list[str], list[list[str]], Iterable[str]]:
         """Class names, the images of each, and notes; `UserError` if the folder is no data set."""
-        root, classes = self.root, self.folders
         if self.flat and any(self.per_class):
-            text = f"{root} holds images ({self.flat[0]}) beside class folders"
+            text = f"{self.root} holds images ({self.flat[0]}) beside class folders"
             raise UserError(f"{text}; move them away")
         if self.flat:
-            return ["."], [self.flat], []
-        if not all(self.per_class):
-            empty = root / classes[self.per_class.index([])]
-            raise UserError(f"class folder {empty} holds no images; fill or remove it")
-        # whether no class folder holds an image itself
-        nested = all(name.count("/") > 1 for below in self.per_class for name in below)
-        inner = self.per_class[0][0].split("/")[1]
-        if nested and {name.lower() for name in classes} <= PARTS:
-            text = f"{root} holds {' and '.join(classes)}, which are parts of a data set and no"
-            raise UserError(f"{text} classes; give one of them, e.g. data.path={root / classes[0]}")
-        notes = []
-        if nested:
-            notes.append(
-                f"the images lie in folders of folders ({printable(f'{classes[0]}/{inner}')}), and "
-                f"the upper ones are the classes: is {root} one level too high?"
-            )
-        by_lower = {name.casefold(): name for name in classes}
-        if twins := [name for name in classes if by_lower[name.casefold()] != name]:
+            return ["."], [self.flat], self._notes_on_siblings()
+        self._refuse_what_are_no_classes()
+        return self.folders, self.per_class, [*self._notes_on_levels(), *self._notes_on_names()]
+
+    def _refuse_what_are_no_classes(self) -> None:
+        """`UserError` for folders that are the parts of a data set, or that hold no images."""
+        root, pairs = self.root, zip(self.folders, self.per_class)
+        filled = [name for name, images in pairs if images]
+        parts = {name.lower() for name in filled} <= PARTS
+        if parts and (self._nested or len(filled) > 1):
+            text = f"{root} holds {' and '.join(filled)}, which are parts of a data set and no"
+            raise UserError(f"{text} classes; give one of them, e.g. {self._as_path(filled[0])}")
+        if len(filled) == len(self.folders):
+            return
+        empty = self.folders[self.per_class.index([])]
+        text = f"class folder {root / empty} holds no images; "
+        text += self._unread(empty) or "fill or remove it"
+        if len(filled) == 1:  # images beside their labels, for example
+            text += f", or give the only folder with images, {self._as_path(filled[0])}"
+        raise UserError(text)
+
+    @property
+    def _nested(self) -> bool:
+        """Whether no class folder holds an image itself."""
+        return all(name.count("/") > 1 for below in self.per_class for name in below)
+
+    def _as_path(self, *below: str | Path) -> str:
+        """How the user would give a folder below this one as the data."""
+        return printable(self.words.path.format(Path(self.root, *below)))
+
+    def _notes_on_levels(self) -> Iterator[str]:
+        """Where the classes seem to lie deeper."""
+        if not self._nested:
+            return
+        inner = sorted({os.path.dirname(name) for below in self.per_class for name in below})
+        text = f"the images lie in folders of folders ({printable(inner[0])}), and the upper ones"
+        text += f" are the classes: is {self.root} one level too high?"
+        if common := os.path.commonpath(inner):
+            text += f" Then give {self._as_path(common)}"
+        yield text
+
+    def _notes_on_names(self) -> Iterator[str]:
+        """Of class folders whose names tell that they are no classes, or that differ too little."""
+        by_lower = {name.casefold(): name for name in self.folders}
+        if twins := [name for name in self.folders if by_lower[name.casefold()] != name]:
             other = by_lower[twins[0].casefold()]
-            notes.append(f"class folders {twins[0]} and {other} differ in case alone")
-        return classes, self.per_class, notes
+            yield f"class folders {twins[0]} and {other} differ in case alone"
+        beside = [name for name in self.folders if name.lower() in COMPANIONS]
+        others = [name for name in self.folders if name not in beside]
+        if beside and len(others) == 1:
+            yield (
+                f"{' and '.join(beside)} would be trained on as classes of their own; if they "
+                f"only belong to the images in {others[0]}, give {self._as_path(others[0])}"
+            )
+
+    def _notes_on_siblings(self) -> Iterator[str]:
+        """Of other folders with images beside this one, which is then perhaps a class folder."""
+        root = Path(os.path.realpath(self.root))
+        if root.name.lower() in PARTS:
+            return
+        found = []
+        with suppress(OSError), os.scandir(root.parent) as entries:
+            for entry in itertools.islice(entries, SIBLINGS):
+                own = entry.name == root.name or entry.name.lower() in PARTS
+                if not own and not entry.name.startswith(".") and _holds_images(entry):
+                    found.append(entry.name)
+        if found:
+            yield (
+                f"{printable(min(found))} beside {root.name} holds images too: if these are "
+                f"classes, {self.root} is one level too low; give {self._as_path(root.parent)}"
+            )
 
     def notes(self) -> list[str]:
         """Of the files that are passed over."""
@@ -148,6 +214,15 @@ class _Listing:
         text = f"{len(self.ignored)} files below {self.root} are no images by their names"
         first = printable(min(self.ignored))
         return [f"{text} and are ignored (first {first}; images are {', '.join(IMAGE_EXTENSIONS)})"]
+
+
+def _holds_images(entry: os.DirEntry) -> bool:
+    """Whether a folder holds an image itself, among its first files."""
+    try:
+        with os.scandir(entry) as files:
+            return any(is_image_name(file.name) for file in itertools.islice(files, SIBLINGS))
+    except OSError:  # no folder, or not to be read
+        return False
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

@@ -126,7 +126,7 @@ def _import_h5py():
     try:
         import h5py
     except ImportError:
-        raise UserError("data.source=hdf5 needs h5py; run: pip install h5py") from None
+        raise UserError("the source hdf5 needs h5py; run: pip install h5py") from None
     return h5py
 
 

@@ -190,7 +190,10 @@ class LatentCache:
 
     def check_images(self, resolution: int, hflip: bool) -> None:
         """`UserError` if the cache is of another resolution, or lacks mirrored copies."""
-        self._expect("resolution", self.meta.resolution, resolution)
+        held = self.meta.resolution
+        if held != resolution:
+            text = f"{self.folder} was made with resolution {held}; cache again, or set"
+            raise UserError(f"{text} data.resolution={held} (now {resolution})")
         if hflip and self.meta.copies < 2:
             text = f"data.hflip=true, but {self.folder} holds no mirrored copies"
             raise UserError(f"{text}: cache again with --hflip, or set data.hflip=false")

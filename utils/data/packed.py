@@ -44,6 +44,7 @@ from utils.records import load_record, number
 PACKED_FORMAT = "repae-packed-1"
 ARRAY = "shard"  # the only array, hence shard-00000.npy
 LABELS, SKIPPED = "labels.npy", "skipped.txt"
+AGAIN = "run the same prepare_data.py command again"
 
 
 @dataclass(kw_only=True)
@@ -79,19 +80,14 @@ class PackedSource(Source):
 
     def __init__(self, root: Path, resolution: int, split: str = "all") -> None:
         super().__init__(root, resolution)
-        self._again = again = "run the same prepare_data.py command again"
-        other = "give the OUT of scripts/prepare_data.py, finished"
-        meta = load_record(
-            root / META, PackedMeta, remedy_for_meta(root, PACKED_FORMAT, again, other)
-        )
-        if meta.format != PACKED_FORMAT:
-            raise UserError(f"{root}: format {meta.format!r}, expected {PACKED_FORMAT!r}")
-        for name, wanted in (("crop_version", CROP_VERSION), ("resolution", resolution)):
-            if getattr(meta, name) != wanted:
-                held = f"{name.replace('_', ' ')} {getattr(meta, name)}"
-                what = f"{held}, but {wanted} is asked for"
-                remedy = "pack again with scripts/prepare_data.py, or change the config"
-                raise UserError(f"{root} was packed with {what}; {remedy}")
+        self._again = again = AGAIN
+        meta = _read_meta(root)
+        if meta.resolution != resolution:
+            asked, held = map(self.words.resolution.format, (resolution, meta.resolution))
+            raise UserError(
+                f"{root} was packed with resolution {meta.resolution}, but {asked} is asked for; "
+                f"give {held}, or pack again with scripts/prepare_data.py"
+            )
         if sum(meta.shards) != meta.num_images:
             text = f"{root / META}: {sum(meta.shards)} images in shards, num_images"
             raise UserError(f"{text}={meta.num_images}; {again}")
@@ -101,6 +97,11 @@ class PackedSource(Source):
         labels = load_column(root / LABELS, meta.num_images, np.int64, again)
         self.labels, self.classes, self.notes = number_classes(labels, meta.classes, root / LABELS)
         self._keys: list[str] | None = None
+
+    @classmethod
+    def own_resolution(cls, root: Path) -> int:
+        """That of meta.json."""
+        return _read_meta(root).resolution
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_keys": None}
@@ -127,12 +128,24 @@ class PackedSource(Source):
         return sha256_file(self.root / META)
 
 
+def _read_meta(root: Path) -> PackedMeta:
+    """meta.json of packed data; `UserError` if it is absent, or of another format or crop."""
+    other = "give the OUT of scripts/prepare_data.py, finished"
+    meta = load_record(root / META, PackedMeta, remedy_for_meta(root, PACKED_FORMAT, AGAIN, other))
+    for name, wanted in (("format", PACKED_FORMAT), ("crop_version", CROP_VERSION)):
+        if (held := getattr(meta, name)) != wanted:
+            text = f"{root} was packed with {name.replace('_', ' ')} {held}, expected {wanted}"
+            raise UserError(f"{text}; pack again with scripts/prepare_data.py")
+    return meta
+
+
 def packed_folder(out: Path, source: Source, name: str, shard_size: int) -> ShardedFolder:
     """The folder into which `source`, whose kind is `name`, is packed; nothing is written yet.
     `UserError` if the source holds pixels already."""
     sizes = source.sizes()
     if sizes is None:
-        raise UserError(f"data.source={name} holds pixels already; train on it without packing")
+        given = source.words.source.format(name)
+        raise UserError(f"{given} holds pixels already; train on it without packing")
     digest = hashlib.sha256()
     for i, key in enumerate(source.list_keys()):
         digest.update(f"{key}\t{source.label(i)}\n".encode(*TEXT))

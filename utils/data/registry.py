@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from models.errors import UserError, shown, what_is
 from utils import cli
+from utils.cli import FLAGS, SETTINGS
 from utils.files import read_record
 
 if TYPE_CHECKING:
@@ -32,21 +33,23 @@ SOURCES = {
 }
 
 MOST_RESOLUTION = 8192  # pixels
-# What to do with a file in the place of a folder: words of `what_is`, or a part of its name.
+RESOLUTION = 256  # pixels, where none is asked for and the data have none of their own
+# What to do with a file in the place of a folder: words of `what_is`, or a part of its name. In all
+# such words, {NAME} is how the user asks for the source NAME.
 REMEDIES = (
     (".parquet", "export its images into class folders"),
     (".pt", "give the folder of the images"),
     ("archive", "unpack it, and give the folder"),
     ("empty zip", "it holds nothing"),
     (".tar", "unpack it, and give the folder"),
-    ("HDF5", "give its folder, with data.source=hdf5"),
+    ("HDF5", "give its folder, with {hdf5}"),
     ("NumPy", "write its images into class folders"),
-    ("image", "give its folder, with data.source=folder"),
+    ("image", "give its folder, with {folder}"),
     ("JSON", "give its folder"),
 )
 # What a folder seems to be: names in it, the source that reads it, words.
 FOLDERS = (
-    ("images.h5", "hdf5", "the official HDF5 layout: data.source=hdf5"),
+    ("images.h5", "hdf5", "the official HDF5 layout: {hdf5}"),
     ("checkpoints", "", "the folder of a run"),
     ("*.safetensors", "", "a folder of weights"),
     ("*.parquet", "", "parquet files: export their images into class folders"),
@@ -58,43 +61,65 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 WALKED = 100  # folders in which images are looked for
 
 
-def source_class(name: str, split: str = "all") -> type[Source]:
+def source_class(name: str, split: str = "all", words: cli.SourceWords = SETTINGS) -> type[Source]:
     """The class of a source; `UserError` for an unknown name, or a split that it does not have."""
     if name not in SOURCES:
-        raise UserError(f"data.source={name!r}: expected one of {', '.join(SOURCES)}")
+        given = words.source.format(name)
+        raise UserError(f"{given}: expected one of {', '.join(SOURCES)}")
     module, cls = SOURCES[name]
     cls = getattr(import_module(module), cls)
     if split not in cls.splits:
         known = ", ".join(cls.splits)
-        raise UserError(f"split {split!r} of data.source={name}: expected one of {known}")
+        raise UserError(f"{words.split.format(split)}: the source {name} has {known}")
     return cls
 
 
 def open_source(
-    name: str, path: str | Path | None = None, resolution: int = 256, split: str = "all"
+    name: str,
+    path: str | Path | None = None,
+    resolution: int | None = None,
+    split: str = "all",
+    words: cli.SourceWords = SETTINGS,
 ) -> Source:
-    """Open a data set; `UserError` if it is not there. `path` is ignored where none is needed."""
-    cls = source_class(name, split)
-    if not (isinstance(resolution, int) and 1 <= resolution <= MOST_RESOLUTION):
-        raise UserError(f"resolution {shown(resolution)}: expected 1 .. {MOST_RESOLUTION} pixels")
+    """Open a data set; `UserError` if it is not there, in the words of the program's arguments.
+    `path` is ignored where none is needed; without a `resolution`, it is the data's own, or
+    `RESOLUTION`."""
+    cls = source_class(name, split, words)
+    asked = RESOLUTION if resolution is None else resolution
+    if not (isinstance(asked, int) and 1 <= asked <= MOST_RESOLUTION):
+        given = words.resolution.format(shown(asked))
+        raise UserError(f"{given}: expected 1 .. {MOST_RESOLUTION} pixels")
     if not cls.needs_path:
-        return cls(None, resolution, split)
+        return _opened(cls, None, asked, split, words)
     kind = "file or folder" if cls.path_may_be_file else "folder"
     if path is None:
-        raise UserError(f"data.source={name} needs data.path, the {kind} of the images")
+        given = words.path.format("DIR")
+        raise UserError(f"the source {name} needs {given}, the {kind} of the images")
     root = Path(cli.expand_path(str(path)))
     if not (os.path.isdir(root) or (cls.path_may_be_file and os.path.isfile(root))):
-        raise UserError(f"data.path={path}: {_what_is_wrong(root, kind)} (data.source={name})")
+        raise UserError(f"{words.path.format(path)}: {_what_is_wrong(root, kind, words)}")
     try:
-        return cls(root, resolution, split)
+        if resolution is None:
+            asked = cls.own_resolution(root) or asked
+        return _opened(cls, root, asked, split, words)
     except UserError as error:
-        other = _folder_of_another_kind(root, name)
+        other = _folder_of_another_kind(root, name, words)
         if other is None:
             raise
         raise UserError(f"{error}; {root} looks like {other}") from None
 
 
-def _what_is_wrong(root: Path, kind: str) -> str:
+def _opened(
+    cls: type[Source], root: Path | None, resolution: int, split: str, words: cli.SourceWords
+) -> Source:
+    """A new source that has the words before its `__init__` raises an error."""
+    source = cls.__new__(cls)
+    source.words = words
+    source.__init__(root, resolution, split)
+    return source
+
+
+def _what_is_wrong(root: Path, kind: str, words: cli.SourceWords) -> str:
     """Why `root` is not the `kind` that it should be, and what to do."""
     found = what_is(root)
     if found == "absent":
@@ -103,11 +128,17 @@ def _what_is_wrong(root: Path, kind: str) -> str:
         close = difflib.get_close_matches(root.name, names, n=1)
         remedy = f"did you mean {parent / close[0]}?" if close else "correct the path"
         return f"no such {kind}; {remedy}"
-    remedy = next((words for part, words in REMEDIES if part in found or part in root.name), "")
-    return f"it is {found}, expected a {kind}; {remedy or f'give the {kind} of the images'}"
+    remedy = next((text for part, text in REMEDIES if part in found or part in root.name), "")
+    remedy = _named(remedy, words) or f"give the {kind} of the images"
+    return f"it is {found}, expected a {kind}; {remedy}"
 
 
-def _folder_of_another_kind(root: Path, name: str) -> str | None:
+def _named(text: str, words: cli.SourceWords) -> str:
+    """A text with each {NAME} as the user asks for the source NAME."""
+    return text.format(**{name: words.source.format(name) for name in SOURCES})
+
+
+def _folder_of_another_kind(root: Path, name: str, words: cli.SourceWords) -> str | None:
     """What a folder seems to hold, and how to use it; None if nothing but what `name` reads."""
     try:
         names = sorted(os.listdir(root))
@@ -116,27 +147,28 @@ def _folder_of_another_kind(root: Path, name: str) -> str | None:
     if not names:
         return "an empty folder"
     record = read_record(root / "plan.json") or read_record(root / "meta.json") or {}
-    formats = {"repae-packed-1": ("packed", "packed data: data.source=packed")}
-    formats["repae-latents-1"] = ("", "cached latents: data.latents, beside data.path")
-    kind, words = formats.get(str(record.get("format")), ("", ""))
-    if words:
-        return None if kind == name else words
-    for mark, kind, words in FOLDERS:
-        if any(fnmatch(each, mark) for each in names):
-            return None if kind == name else words
+    formats = {"repae-packed-1": ("packed", "packed data: {packed}")}
+    formats["repae-latents-1"] = ("", "cached latents: train with data.latents, beside data.path")
+    kind, text = formats.get(str(record.get("format")), ("", ""))
+    if not text:
+        marks = (row for row in FOLDERS if any(fnmatch(each, row[0]) for each in names))
+        _, kind, text = next(marks, ("", "", ""))
+    if text:
+        return None if kind == name else _named(text, words)
     images = (f for _, _, files in islice(os.walk(root), WALKED) for f in files)
     if name != "folder" and any(f.lower().endswith(PICTURES) for f in images):
-        return "a folder of images: data.source=folder, or pack them by scripts/prepare_data.py"
+        text = "a folder of images: {folder}, or pack them by scripts/prepare_data.py"
+        return _named(text, words)
     return None
 
 
-def check_not_inside(out: Path, path: str | Path | None) -> None:
-    """`UserError` if the output would lie among the data at `path`."""
+def check_not_inside(flag: str, out: Path, path: str | Path | None) -> None:
+    """`UserError` if the output, the argument `flag`, would lie among the data at `path`."""
     if path is None:
         return
     data, place = (Path(os.path.realpath(p)) for p in (path, out))
     if data in (place, *place.parents):
-        raise UserError(f"OUT {out} lies inside the data {path}; choose another OUT")
+        raise UserError(f"{flag} {out} lies inside the data {path}; choose another place")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -144,12 +176,19 @@ def add_source_arguments(parser: argparse.ArgumentParser, required: bool = True)
     add = parser.add_argument
     add("--data", choices=SOURCES, required=required, help="kind of the images, as data.source")
     add("--path", type=cli.path, help="folder of the images, as data.path")
-    add("--resolution", type=cli.positive, default=256, help="side of the images, in pixels")
+    side = f"side of the images, in pixels; default: that of packed data, else {RESOLUTION}"
+    add("--resolution", type=cli.positive, help=side)
     add("--split", default="all", help="part of the images, as data.split; digits: train or test")
 
 
 def open_source_of(args: argparse.Namespace) -> Source:
     """The source that the arguments name."""
-    if args.path and not source_class(args.data, args.split).needs_path:
-        raise UserError(f"--path {args.path}: --data {args.data} reads no folder; leave it out")
-    return open_source(args.data, args.path, args.resolution, args.split)
+    check_path_is_read(args)
+    return open_source(args.data, args.path, args.resolution, args.split, FLAGS)
+
+
+def check_path_is_read(args: argparse.Namespace) -> None:
+    """`UserError` for a --path that --data makes no use of."""
+    if args.path and not source_class(args.data, words=FLAGS).needs_path:
+        text = f"--path {args.path}: --data {args.data} reads no folder"
+        raise UserError(f"{text}; leave it out, or give the --data that it holds, e.g. folder")

@@ -20,6 +20,7 @@ def examine(
     yield from data.check_latents(c, source)
     yield from data.check_images(source)
     rank_batch = yield from shapes.check_batch(c, ranks, source, published)
+    yield from shapes.check_ema(c)
     found = yield from run_folder.check_resume(c, source)
     nets = yield from shapes.check_tokens(c, source, found)
     yield from machine.check_device(c, ranks, nets)

@@ -10,16 +10,16 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from models.weights import count
 from utils.config.schema import Config
 from utils.cost.fake_run import cached_rows
 from utils.data.sampling import PREFETCH
 from utils.doctor.findings import Finding, check, fail, ok, warn
 from utils.files import format_bytes
 from utils.precision import emulation_note
-from utils.training.networks import Networks, count
+from utils.training.networks import Networks
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
-FOR_TESTS = ("pytest", "pytest-xdist", "ruff")
 TOO_BIG_FOR_CPU = 10**8  # parameters of a SiT
 
 
@@ -39,7 +39,7 @@ def outdated_packages() -> list[str]:
         if text := line.split("#")[0].strip():
             bound = Requirement(text)
             have = installed(bound.name)
-            if bound.name not in FOR_TESTS and not (have and bound.specifier.contains(have)):
+            if not (have and bound.specifier.contains(have)):
                 found.append(f"{bound} (here: {have or 'none'})")
     return found
 
@@ -57,7 +57,8 @@ def check_device(c: Config, ranks: int, nets: Networks | None) -> Iterator[Findi
     """There is a GPU for each rank, and it knows the precision."""
     gpus = gpu_names()
     if not gpus:
-        text = f"no GPU here: training would run on {cpu_cores()} CPU cores"
+        threads = torch.get_num_threads()
+        text = f"no GPU here: the run takes {cpu_cores()} CPU cores, {threads} thread(s) a rank"
         if note := emulation_note(c.run.precision, "cpu"):
             text += f"; run.precision={c.run.precision}: {note}"
         big = nets and count(nets.sit) > TOO_BIG_FOR_CPU

@@ -1,15 +1,25 @@
-"""Check of GPU memory: what one rank needs, and the settings with which a step fits."""
+"""Checks of what a step needs: memory of one rank and the settings with which it fits, and time on
+the CPU of this machine."""
 
 from collections.abc import Callable, Iterator
 
+import psutil
+import torch
+
+from utils.benchmark.machine import matmul_peak
 from utils.config.schema import Config
+from utils.cost.fake_cuda import too_old
 from utils.cost.memory import RESERVE, Estimate
-from utils.cost.settings import Estimates, Settings
+from utils.cost.settings import Estimates, Settings, extrapolated
 from utils.doctor.findings import Finding, check, fail, ok, warn
+from utils.doctor.machine import gpu_names
 from utils.files import format_bytes
 from utils.training.networks import Networks
 
 TIGHT = 0.9  # of the memory that is there
+PROGRAM = 2**30  # bytes of Python and its libraries on the CPU
+# Of the rate of large matrix products, what a step is taken to reach.
+CPU_SHARE = 0.5
 
 
 @check("memory")
@@ -21,12 +31,20 @@ def check_memory(
     free: int | None,
     train_step: Callable,
 ) -> Iterator[Finding]:
-    """GPU memory of one of `ranks` ranks in bytes against `free`, and what would make it enough.
-    Uses up `nets`, the networks on the meta device."""
+    """GPU memory of one of `ranks` ranks in bytes against `free`, and what would make it enough;
+    without a GPU, memory and time of a run on this CPU. Uses up `nets`, the networks on the meta
+    device."""
     if nets is None or rank_batch is None:
+        return
+    if reason := too_old():
+        yield warn(reason)
         return
     k, estimates = c.run.accumulation, Estimates(c, nets, train_step, ranks)
     found = estimates.of(c.run.checkpointing)
+    if free is None and not gpu_names():
+        yield memory_on_cpu(found, rank_batch, k, ranks)
+        yield time_on_cpu(c, found, rank_batch, ranks)
+        return
     need, resident = found.peak(rank_batch, k) + RESERVE, sum(found.resident.values())
     work = format_bytes(need - RESERVE - resident)
     text = (
@@ -44,6 +62,33 @@ def check_memory(
         yield warn(f"{text}, which is tight{accumulation_options(found, rank_batch, k)}")
     else:
         yield ok(text)
+
+
+def memory_on_cpu(found: Estimate, rank_batch: int, k: int, ranks: int) -> Finding:
+    """What all ranks need of the memory of this machine."""
+    need, free = found.peak(rank_batch, k) + PROGRAM, psutil.virtual_memory().available
+    text = f"about {format_bytes(ranks * need)} of RAM, predicted; {format_bytes(free)} are free"
+    if ranks * need <= free:
+        return ok(text)
+    return warn(f"{text}: lower run.batch_size={rank_batch * ranks}, or raise run.accumulation={k}")
+
+
+def time_on_cpu(c: Config, found: Estimate, rank_batch: int, ranks: int) -> Finding:
+    """How long a step takes here, roughly: its operations at the rate that products of matrices
+    reach just now."""
+    rate = CPU_SHARE * matmul_peak(torch.device("cpu"), {"fp32"}, c.run.tf32)["fp32"] * 1e12
+    micro = rank_batch // c.run.accumulation
+    operations = c.run.accumulation * sum(e.op.flops for e in extrapolated(found, micro))
+    step = ranks * operations / rate
+    text = f"roughly {step:.2g} s a step on this CPU as busy as it is now"
+    return ok(f"{text}, {in_words(c.run.steps * step)} for {c.run.steps:,} steps", "time")
+
+
+def in_words(seconds: float) -> str:
+    """A length of time, e.g. 12 minutes."""
+    sizes = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
+    unit = next((name for name, size in sizes.items() if seconds < 100 * size), "days")
+    return f"{seconds / sizes[unit]:,.2g} {unit}"
 
 
 def accumulation_options(found: Estimate, rank_batch: int, k: int) -> str:

@@ -1,13 +1,15 @@
-"""Checks of numbers that must meet: batch and ranks; latents, patches and encoder features."""
+"""Checks of numbers that must meet: batch and ranks; EMA and steps; latents, patches, features."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 from models.vae import VAES, vae_weight_file
 from utils.config.schema import Config, per_rank_batch
 from utils.data.base import Source
 from utils.doctor.findings import Finding, check, ok, warn
+from utils.showing.summary import parameters
 from utils.training.networks import Networks
-from utils.training.plan import Start, check_networks, parameters, require_fit
+from utils.training.nonfinite import ema_warning
+from utils.training.plan import Start, check_networks, require_fit
 
 PUBLISHED_BATCH = 256  # images of one step in all of the paper's runs
 
@@ -27,6 +29,18 @@ def check_batch(
     advice = f"; the published learning rates belong to run.batch_size={PUBLISHED_BATCH}"
     yield warn(text + advice) if differs else ok(text)
     return rank_batch
+
+
+@check("ema")
+def check_ema(c: Config) -> Iterator[Finding]:
+    """What is sampled, an average over the last steps, has forgotten the start of the run."""
+    if found := ema_warning(c):
+        yield warn(found[1])
+        return
+    steps, reach = c.run.steps - c.disc.pretrain_steps, 1 / (1 - c.ema.decay)
+    if c.ema.warmup:  # the decay grows to (1 + steps) / (10 + steps)
+        reach = min(reach, (10 + steps) / 9)
+    yield ok(f"samples are of the average of about {reach:,.0f} of {steps:,} steps")
 
 
 @check("tokens")

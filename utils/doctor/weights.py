@@ -8,7 +8,7 @@ from huggingface_hub import constants, get_hf_file_metadata
 
 from models.encoders import encoder_weight_file
 from models.errors import UserError
-from models.lpips import vgg_weight_file
+from models.lpips import perceptual_weight_file, vgg_weight_file
 from models.vae import vae_weight_file
 from models.weights import WeightFile, short
 from utils.checkpoint import DISCRIMINATOR
@@ -57,6 +57,8 @@ def needed_files(c: Config, start: Path | None) -> Iterator[tuple]:
             yield "encoder", encoder_weight_file, name, file
     if c.vae.train and c.loss.reg.lpips:
         yield "lpips", vgg_weight_file, c.loss.reg.lpips_weights
+    if c.vae.train and c.loss.reg.perceptual:
+        yield "perceptual", perceptual_weight_file, c.loss.reg.perceptual_net
     inherited = start is not None and (start / DISCRIMINATOR).is_file()
     if c.uses_disc and (uses_disc_weights(c, start) or not inherited):
         yield "disc", discriminator_file, c.disc.weights

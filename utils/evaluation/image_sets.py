@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -16,12 +15,12 @@ import numpy as np
 import torch
 
 from models.errors import UserError, what_is
-from utils.cli import expand_path
+from utils.cli import SourceWords, expand_path
 from utils.data.base import Source
 from utils.data.folder import IMAGE_EXTENSIONS, natural_key
 from utils.data.images import open_image
 from utils.data.packed import PACKED_FORMAT
-from utils.data.registry import open_source, source_class
+from utils.data.registry import RESOLUTION, open_source, source_class
 from utils.data.sharded import META
 from utils.evaluation.npz_images import (
     ArrayImages,
@@ -31,12 +30,11 @@ from utils.evaluation.npz_images import (
 )
 from utils.evaluation.options import IMAGES, SOURCE_SPEC, is_source
 from utils.files import TEXT, read_json, read_record
-from utils.records import load_record, number
 
 READ_THREADS = 8  # PIL decodes outside the interpreter lock
 
 
-def open_images(spec, resolution: int = 256, split: str = "all") -> ImageSet:
+def open_images(spec, resolution: int | None = None, split: str = "all") -> ImageSet:
     """Open what `options.IMAGES` says, or a uint8 array (N, H, W, 3) or tensor (N, 3, H, W); a set
     that is open already is returned.
     `resolution` and `split` are for data sources whose spec does not name them. `UserError` for
@@ -66,18 +64,15 @@ def _open_packed(path: Path) -> tuple[Source, str] | None:
     """Data packed by scripts/prepare_data.py, at their resolution; None for any other folder."""
     if (read_record(path / META) or {}).get("format") != PACKED_FORMAT:
         return None
-    side = load_record(path / META, _Packed, "pack the images again").resolution
-    return open_source("packed", path, side), f"packed:{path}"
+    return open_source("packed", path, words=words_of("packed")), f"packed:{path}"
 
 
-@dataclass
-class _Packed:
-    """What is read here of the meta.json of packed data."""
-
-    resolution: int = number(at_least=1)
+def words_of(name: str) -> SourceWords:
+    """How the user names what a spec of the source `name` consists of."""
+    return SourceWords("{}:PATH", f"{name}:{{}}", "@{}", f"{name}:{{}}")
 
 
-def parse_source(spec: str, resolution: int, split: str = "all") -> tuple[Source, str]:
+def parse_source(spec: str, resolution: int | None, split: str = "all") -> tuple[Source, str]:
     """ "digits:test@16" or "folder:DIR@256" => (source, its full name). Behind the colon stands the
     path of a source, or the split of one that needs no path."""
     match = SOURCE_SPEC.fullmatch(spec)
@@ -85,15 +80,20 @@ def parse_source(spec: str, resolution: int, split: str = "all") -> tuple[Source
         raise UserError(f"{spec!r}: no such file or folder; expected {IMAGES}")
     name, path, at = match.groups()
     path = path and Path(expand_path(path))
-    resolution = int(at or resolution)
-    cls = source_class(name)
+    resolution = int(at) if at else resolution or RESOLUTION
+    words = words_of(name)
+    cls = source_class(name, words=words)
     if not cls.needs_path:
+        if path and split not in ("all", str(path)):
+            raise UserError(f"--split {split}: {spec} asks for another part; leave one of them out")
         path, split = None, str(path or split)
+    elif split not in cls.splits:
+        raise UserError(f"--split {split}: the source {name} has {', '.join(cls.splits)}")
     elif name == "packed" and path and not at and (packed := _open_packed(path)):
         return packed
     part = split if len(cls.splits) > 1 else ""
     full = ":".join(filter(None, (name, str(path or ""), part)))
-    return open_source(name, path, resolution, split), f"{full}@{resolution}"
+    return open_source(name, path, resolution, split, words), f"{full}@{resolution}"
 
 
 class FolderImages(ImageSet):
@@ -217,9 +217,3 @@ def record_beside(spec) -> dict | None:
     if path is None or not path.is_file():
         return None
     return read_json(path, "copy or make it again, or remove it")
-
-
-def sampling_settings(record: dict | None) -> dict:
-    """The settings in a record of sample_ddp.py; empty for anything else of the same name."""
-    settings = record.get("settings", record) if isinstance(record, dict) else {}
-    return settings if isinstance(settings, dict) and "solver" in settings else {}

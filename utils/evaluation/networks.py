@@ -103,7 +103,8 @@ def _published_file(
     known: dict[str, Any] = published | ({"sha256": sha256} if sha256 else {})
     file = WeightFile(
         **known, path=Path(path) if path else None,
-        setting="--weights {}", otherwise=f"add --download (sha256 {published['sha256']})",
+        setting="--weights {}",
+        otherwise="" if download else f"add --download (sha256 {published['sha256']})",
     )  # fmt: skip
     found = file.fetch(download)
     return found, file.check_sha256(found, "if other weights are meant, add --weights-sha256 {}")
@@ -188,7 +189,7 @@ def _dinov2(path: Path, sha256: str, device: torch.device, name="vit_large_patch
 def _timm(name: str, checkpoint: str | None, download: bool, device: torch.device) -> FeatureNet:
     import timm
 
-    path = _timm_weight_file(name, checkpoint).fetch(download)
+    path = _timm_weight_file(name, checkpoint, download).fetch(download)
     try:
         net: Any = timm.create_model(name, pretrained=False, num_classes=0)
     except RuntimeError as error:  # a tag that the network does not have
@@ -208,7 +209,7 @@ def _timm(name: str, checkpoint: str | None, download: bool, device: torch.devic
     return FeatureNet("timm", label, False, facts, device, forward)
 
 
-def _timm_weight_file(name: str, checkpoint: str | None) -> WeightFile:
+def _timm_weight_file(name: str, checkpoint: str | None, download: bool) -> WeightFile:
     """The weights of a timm network: a file of the user's, or the published ones."""
     import timm
 
@@ -223,7 +224,7 @@ def _timm_weight_file(name: str, checkpoint: str | None) -> WeightFile:
     if not published or not published.hf_hub_id:
         raise UserError(f"timm:{name} has no published weights: give timm:{name}@CKPT")
     return WeightFile("model.safetensors", repo=published.hf_hub_id, setting=setting,
-                      otherwise="add --download")  # fmt: skip
+                      otherwise="" if download else "add --download")  # fmt: skip
 
 
 def _pooled_features(net, resize: Callable, device: torch.device) -> Callable:

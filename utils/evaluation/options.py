@@ -15,6 +15,8 @@ SOURCE_SPEC = re.compile(rf"({'|'.join(SOURCES)})(?::(.+?))?(?:@(\d+))?")
 
 # how to name a feature network: `utils.evaluation.networks.load_features` reads these
 FEATURES = "inception, dinov2, timm:NAME[@CKPT] or pixel"
+# the published statistics of ImageNet, by resolution: files of ADM's evaluation suite
+REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}
 # the weight files of published metrics
 PUBLISHED = {
     "inception": {
@@ -69,3 +71,9 @@ def parse_features(spec: str) -> tuple[str, str, str | None]:
     if (family == "timm") != bool(name) or family not in (*PUBLISHED, "timm", "pixel"):
         raise UserError(f"--features {spec!r}: expected {FEATURES}")
     return family, name, expand_path(checkpoint) if checkpoint else None
+
+
+def sampling_settings(record: dict | None) -> dict:
+    """The settings in a record of sample_ddp.py; empty for anything else of the same name."""
+    settings = record.get("settings", record) if isinstance(record, dict) else {}
+    return settings if isinstance(settings, dict) and "solver" in settings else {}

@@ -7,10 +7,13 @@
 import platform
 from importlib.metadata import version
 
-from utils.evaluation.image_sets import ImageSet, sampling_settings
+from models.vae_families import VAES
+from utils.evaluation.image_sets import ImageSet
 from utils.evaluation.metrics import PAPER_SIZE, Metric, Result
 from utils.evaluation.networks import FeatureNet
+from utils.evaluation.options import sampling_settings
 
+CHANNELS = 6  # in a line of the table
 PACKAGES = ("torch", "numpy", "torch-fidelity", "timm")
 
 
@@ -42,13 +45,15 @@ def new_record(net: FeatureNet | None, images: ImageSet, content: str, beside: d
     """A record without numbers yet: what was measured, and with what. `content`: fingerprint of the
     images; `beside`: what `record_beside` found."""
     settings = sampling_settings(beside)
-    balanced = settings.get("class_balanced")
+    balanced, chosen = settings.get("class_balanced"), settings.get("classes")
+    labels = None if balanced is None else ("random", "balanced")[bool(balanced)]
+    labels = f"balanced over {len(chosen)} classes" if chosen else labels
     features = net and {"label": net.label, "published_weights": net.published,
                         "device": str(net.device), **net.facts}  # fmt: skip
     samples = {
         "name": images.name, "kind": images.kind, "n": len(images), "size": list(images.size),
         "content_sha256": content, "uint8_rule": settings.get("uint8"),
-        "label_sampling": None if balanced is None else ("random", "balanced")[bool(balanced)],
+        "label_sampling": labels,
         "record": beside,
     }  # fmt: skip
     return {
@@ -84,8 +89,8 @@ def assess_comparability(record: dict, net: FeatureNet | None, published_referen
 
 def format_table(record: dict) -> str:
     """The record as a table to print: a line per number, then what has to be known with them."""
-    rows = [(name, *_cells(value, record["details"].get(name, {})))
-            for name, value in record["metrics"].items()]  # fmt: skip
+    rows = [(name if first else "", *cells) for name, value in record["metrics"].items()
+            for first, cells in _cells(value, record["details"].get(name, {}))]  # fmt: skip
     width = max(len(row[0]) for row in rows)
     lines = [*_head_lines(record), "-" * 80]
     lines += [f"{name:<{width}}  {value:>14}  {remark}".rstrip() for name, value, remark in rows]
@@ -96,10 +101,13 @@ def format_table(record: dict) -> str:
 
 
 def _head_lines(record: dict) -> list[str]:
-    """Samples, how they were made, reference and features."""
+    """Samples and how they were made, or the VAE and its images; reference and features."""
     samples, reference, features = record["samples"], record["reference"], record["features"]
-    size = "x".join(map(str, samples["size"]))
-    lines = [f"samples    {samples['name']}  n={samples['n']}  {size}"]
+    size, vae = "x".join(map(str, samples["size"])), record.get("vae")
+    lines = [f"{'images' if vae else 'samples':<9}  {samples['name']}  n={samples['n']}  {size}"]
+    if vae:
+        lines = [f"vae        {_name_of_vae(**vae)}", *lines]
+        lines.append(f"latents    {record['protocol']['posterior']} of the posterior")
     settings = sampling_settings(samples["record"])
     if settings:
         names = ("solver", "steps", "cfg_scale", "uint8")
@@ -113,12 +121,30 @@ def _head_lines(record: dict) -> list[str]:
     return lines
 
 
-def _cells(value, detail: dict) -> tuple[str, str]:
-    """A number as it is printed, and the remark after it."""
+def _name_of_vae(spec: str, weights: str | None) -> str:
+    """What was asked for, and where its weights come from if that is not `spec` itself."""
+    if weights == "hub":
+        return spec if spec not in VAES or VAES[spec].repo else f"{spec}, random weights"
+    return f"{spec}, {f'weights {weights}' if weights else 'random weights'}"
+
+
+def _cells(value, detail: dict) -> list[tuple[bool, tuple[str, str]]]:
+    """The lines of a metric: whether it is the first one, a number as it is printed, and the remark
+    after it. Values of channels stand in lines of `CHANNELS`."""
     if isinstance(value, list):
-        return "", " ".join(f"{v:.4g}" for v in value)
+        some = [value[i : i + CHANNELS] for i in range(0, len(value), CHANNELS)]
+        ends = [min(i + CHANNELS, len(value)) - 1 for i in range(0, len(value), CHANNELS)]
+        heads = [f"channel {i * CHANNELS}-{end}" for i, end in enumerate(ends)]
+        rows = ["".join(f"{fixed(v):>9}" for v in part) for part in some]
+        return [(i == 0, cells) for i, cells in enumerate(zip(heads, rows))]
     if detail.get("times_floor") is not None:
-        remark = f"{value:.4f}, floor {detail['floor']:.4f}: two halves of the reference"
-        return f"{detail['times_floor']:.2f} x floor", f"({remark}, {detail['floor_images']} each)"
-    remarks = [f"{key} {detail[key]:.4f}" for key in ("std", "shuffled") if key in detail]
-    return f"{value:.4f}", f"({', '.join(remarks)})" if remarks else ""
+        remark = f"{fixed(value)}, floor {fixed(detail['floor'])}: two halves of the reference"
+        remark = f"({remark}, {detail['floor_images']} each)"
+        return [(True, (f"{fixed(detail['times_floor'], 2)} x floor", remark))]
+    remarks = [f"{key} {fixed(detail[key])}" for key in ("std", "shuffled") if key in detail]
+    return [(True, (fixed(value), f"({', '.join(remarks)})" if remarks else ""))]
+
+
+def fixed(value: float, digits: int = 4) -> str:
+    """A number with so many digits behind the point, and no "-0.0000"."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"

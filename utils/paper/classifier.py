@@ -1,15 +1,18 @@
-"""A small timm classifier: the quickstart's and the digits study's encoder, and their judge.
+"""A small timm classifier of any labelled images, to be an encoder to align with, or a judge.
 
-The judge, of another architecture and seed than the encoder, says which digit a generated image
-shows, and its features measure the distance.
+The judge, of another architecture and seed than the encoder, says which class a generated image
+shows, and its features measure the distance. The quickstart and the digits study have both.
 """
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import timm
 import torch
 import torch.nn as nn
@@ -19,10 +22,14 @@ from torch import Tensor
 
 from models.errors import UserError, what_is
 from models.weights import load_strictly, read_state, short
+from utils.data.base import Source, printable
 from utils.data.images import pm1_to_01, u8_to_pm1
 from utils.data.registry import open_source
 from utils.evaluation.networks import read_classifier_facts
+from utils.files import format_bytes
 from utils.random import generator
+
+HELD_OUT = 0.2  # share of each class, where the data have no test split
 
 
 class Classifier:
@@ -71,11 +78,71 @@ def new_classifier(network: str, size: int, num_classes: int, seed: int) -> Clas
     return Classifier(timm.create_model(network, num_classes=num_classes), size)
 
 
+@dataclass(frozen=True)
+class Split:
+    """Some of the images of a source, by their numbers."""
+
+    source: Source
+    indices: Sequence[int]
+
+    def labels(self) -> np.ndarray:
+        """(N,) int64."""
+        if self.source.labels is None:
+            return np.array([self.source.label(i) for i in self.indices], dtype=np.int64)
+        return self.source.labels[list(self.indices)]
+
+
+def hold_out(source: Source, share: float) -> tuple[Split, Split]:
+    """Two parts of the images: those to train on, and `share` of each class, at least one, which
+    depends on the number of its images alone. `UserError` for classes of a single image."""
+    labels = Split(source, range(len(source))).labels()
+    held_out = np.zeros(len(labels), dtype=bool)
+    classes = [np.flatnonzero(labels == k) for k in range(source.num_classes)]
+    if few := [source.classes[k] for k, members in enumerate(classes) if len(members) < 2]:
+        more = f", and so have {len(few) - 1} other classes" if len(few) > 1 else ""
+        raise UserError(
+            f"class {printable(few[0])} has less than two images{more}: a classifier needs two or "
+            "more of each class, one of them to be held out; add some, or leave such classes out"
+        )
+    for label, members in enumerate(classes):
+        num = min(max(1, round(share * len(members))), len(members) - 1)
+        order = torch.randperm(len(members), generator=generator("held out", label)).numpy()
+        held_out[members[order[:num]]] = True
+    train, test = (np.flatnonzero(chosen).tolist() for chosen in (~held_out, held_out))
+    return Split(source, train), Split(source, test)
+
+
+def check_splits(train: Split, test: Split) -> None:
+    """`UserError` unless there are classes to tell apart, and no image is in both splits."""
+    if train.source.num_classes < 2:
+        raise UserError(
+            "all images are one class: there is nothing to tell apart; give a folder of class "
+            "folders, or train without an encoder (loss.align.sit=0 loss.align.vae=0)"
+        )
+    keys = [{split.source.key(i) for i in split.indices} for split in (train, test)]
+    if both := len(keys[0] & keys[1]):
+        text = f"{both:,} of the {len(keys[1]):,} images that are to be held out are trained on"
+        raise UserError(
+            f"{text}, too; choose other splits, or give --holdout instead of a test split"
+        )
+    size = sum(len(s.indices) for s in (train, test)) * 3 * train.source.resolution**2
+    if size > (memory := psutil.virtual_memory().available):
+        raise UserError(
+            f"the images take {format_bytes(size)}, and {format_bytes(memory)} of memory are free; "
+            "give a smaller --resolution, or fewer images"
+        )
+
+
+def read(split: Split) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, R, R) uint8 and labels (N,)."""
+    images = torch.stack([split.source[i][0] for i in split.indices])
+    return images, torch.from_numpy(split.labels())
+
+
 def read_all(name: str, path: str | None, resolution: int, split: str) -> tuple[Tensor, Tensor]:
     """A whole (small) data source: images (N, 3, resolution, resolution) uint8 and labels (N,)."""
     source = open_source(name, path, resolution, split)
-    images, labels = zip(*(source[i] for i in range(len(source))))
-    return torch.stack(images), torch.tensor(labels)
+    return read(Split(source, range(len(source))))
 
 
 def fit(

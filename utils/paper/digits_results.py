@@ -43,8 +43,13 @@ def table(head: list[str], results: Results, rows: list[list[str]]) -> str:
 def cell(runs: dict[int, Measurements], step: str, name: str) -> str:
     """The mean over seeds, and in brackets each seed; a single seed alone."""
     values = [run[step][name] for run in runs.values()]
-    each = ", ".join(f"{v:.3g}" for v in values)
-    return f"{fmean(values):.3g} ({each})" if len(values) > 1 else each
+    each = ", ".join(map(three_digits, values))
+    return f"{three_digits(fmean(values))} ({each})" if len(values) > 1 else each
+
+
+def three_digits(value: float) -> str:
+    """With the zeros at its end: 0.970, 4.70, 120."""
+    return f"{value:#.3g}".rstrip(".")
 
 
 def plot(results: Results, path: Path) -> None:

@@ -37,7 +37,7 @@ from utils.sampling.settings import SamplingSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = Path("exps/digits")  # the configs name files in it
-CLASSIFIERS = {  # file => network, input side, steps, seed; as in scripts/quickstart.sh
+CLASSIFIERS = {  # file => network, input side, steps, seed
     "encoder.safetensors": ("test_resnet", 64, 150, 0),
     "judge.safetensors": ("test_byobnet", 16, 500, 1),
 }

@@ -9,10 +9,10 @@ from models.errors import UserError
 from utils.config.load import CONFIG_FILE, read_saved_config
 from utils.config.resuming import changed_settings, is_same_experiment
 from utils.config.schema import Config
-from utils.evaluation.image_sets import sampling_settings
 from utils.evaluation.metrics import PAPER_SIZE
+from utils.evaluation.options import REFERENCES, sampling_settings
 from utils.files import read_record
-from utils.paper.tables import METRIC_NAMES, PR_MODE, REFERENCES, ROOT, TableRow, published_sampling
+from utils.paper.tables import METRIC_NAMES, PR_MODE, ROOT, TableRow, published_sampling
 
 LARGEST_RECORD = 2**20  # bytes of a .json that is opened
 

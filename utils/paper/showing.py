@@ -54,14 +54,19 @@ def table_lines(row: TableRow, measured: list[Measured]) -> list[str]:
     if not measured:
         return [f"{head} | | {f'published only: {row.only}' if row.only else ''} |"]
     return [
-        f"{head} | {numbers(m.values)} | {'; '.join(m.differs)} |"
+        f"{head} | {numbers(m.values)} | {in_a_cell('; '.join(m.differs))} |"
         if m.differs
         else f"{head} {numbers(m.values)} | | |"
         for m in measured
     ]
 
 
+def in_a_cell(text: str) -> str:
+    """A text that may name files: a bar in it would end the cell."""
+    return " ".join(text.replace("|", "\\|").splitlines())
+
+
 def excluded_line(name: str, m: Measured) -> str:
     metrics = m.record["metrics"].items()
-    values = ", ".join(f"{k} {v:.4g}" for k, v in metrics if isinstance(v, int | float))
+    values = ", ".join(f"{k} {v:.4f}" for k, v in metrics if isinstance(v, int | float))
     return f"- {name}: {values} ({'; '.join([*m.not_comparable, *m.differs])}; `{m.path}`)"

@@ -15,19 +15,33 @@ from models.errors import UserError
 from utils.config.load import load_config
 from utils.config.schema import Config
 from utils.evaluation.metrics import METRICS, PAPER_SIZE
+from utils.evaluation.options import REFERENCES
 from utils.sampling.settings import SamplingSettings, flag_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = Path(__file__).with_name("published.yaml")
 # the columns of every table, as evaluate_fid.py --metrics, and their names in its records
 COLUMNS = ("fid", "sfid", "is", "precision", "recall")
+DECIMALS = (2, 2, 1, 2, 2)  # with which papers print them
 METRIC_NAMES = [METRICS[name].published["inception"][0] for name in COLUMNS]
-# the statistics files of the ADM suite, by resolution
-REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}
 PR_MODE = "adm_fp16"  # how the published precision and recall were computed
 PUBLISHED_SAMPLING = SamplingSettings(
     solver="sde", steps=250, guidance_low=0.0, uint8="truncate", precision="fp32", tf32=True
 )
+
+
+class Printed(float):
+    """A number as a paper has it: `text` keeps its zeros, 4.70."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+
+class PrintedLoader(yaml.SafeLoader):
+    """Reads every number with a point as a `Printed` one."""
+
+
+PrintedLoader.add_constructor("tag:yaml.org,2002:float", lambda _, node: Printed(node.value))
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,7 @@ class Table:
 
 def load_tables() -> dict[str, Table]:
     """The tables of published.yaml by key, in the order of the file."""
-    data, tables = yaml.safe_load(PUBLISHED.read_text()), {}
+    data, tables = PrintedLoader(PUBLISHED.read_text()).get_single_data(), {}
     for key, table in data["tables"].items():
         rows = {f"{key}/{name}": row for name, row in table["rows"].items()}
         rows = {name: TableRow(name, **row) for name, row in rows.items()}
@@ -154,4 +168,16 @@ def command_lines(row: TableRow, table: Table, processes: int = 8) -> list[str]:
 
 def numbers(values: Sequence[float | None]) -> str:
     """The five numbers of a row in one cell."""
-    return " / ".join("-" if v is None else f"{v:.4g}" for v in values)
+    return " / ".join(printed(values))
+
+
+def printed(values: Sequence[float | None]) -> list[str]:
+    """The five numbers of a row, or the first of them: published ones as they stand in the paper,
+    measured ones with as many decimals."""
+
+    def text(value: float | None, decimals: int) -> str:
+        if value is None:
+            return "-"
+        return value.text if isinstance(value, Printed) else f"{value:.{decimals}f}"
+
+    return [text(value, decimals) for value, decimals in zip(values, DECIMALS)]

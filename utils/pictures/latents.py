@@ -17,6 +17,7 @@ from utils.distributed import default_device
 from utils.evaluation.formulas import LatentStatistics
 from utils.pictures.grid import Row, name_of
 from utils.pictures.pca import Basis, fit_basis, to_rows
+from utils.sampling.locate import locate_vae_spec
 
 CHUNK = 16  # images encoded at a time
 
@@ -40,6 +41,7 @@ def latent_rows(
     `UserError` for VAEs that cannot be loaded or compared.
     """
     specs = [split_label(word) for word in vaes]
+    specs = [(label, locate_vae_spec(spec)) for label, spec in specs]
     check_channels(specs, source.resolution, basis)
     encoded = [encode(*spec, source, num, fit, reconstructions) for spec in specs]
     images = torch.stack([source[i][0] for i in spread(len(source), num)])

@@ -1,5 +1,6 @@
 """The same samples from several checkpoints: the picture of `visualize_latents.py progress`."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,19 +15,26 @@ from utils.sampling.load import (
     check_balance,
     load_networks,
     open_checkpoint,
-    require_checkpoint,
     settings_for,
 )
+from utils.sampling.locate import locate_checkpoint, require_checkpoint
 from utils.sampling.settings import SamplingSettings
 
 
 def progress_rows(
-    folders: list[Path], runs: list[Path], settings: SamplingSettings, num: int
+    given: list[Path],
+    runs: list[Path],
+    settings: SamplingSettings,
+    num: int,
+    classes: Sequence[str] = (),
 ) -> tuple[list[Row], list[str]]:
-    """A row for each checkpoint, images 0 ... num - 1 of sample_ddp.py: `folders` in their order,
-    then all whole ones of each of `runs`. And the headings of the columns, the labels. Raises
-    `UserError` for checkpoints that cannot be sampled from, or that know different classes."""
-    found = list(folders)
+    """A row for each checkpoint, images 0 ... num - 1 of sample_ddp.py: those of `given`, which
+    `locate_checkpoint` finds, then all whole ones of each of `runs`. And the headings of the
+    columns, the classes; `classes` are those of --classes. Raises `UserError` for checkpoints that
+    cannot be sampled from, or that know different classes."""
+    found = [locate_checkpoint(each) for each in given]
+    # what a download is called here is no name
+    shown = {f: f if f.is_relative_to(each) else each for f, each in zip(found, given)}
     for run in runs:
         whole = Checkpoints(run).whole()
         if not whole:
@@ -36,21 +44,21 @@ def progress_rows(
         raise UserError("name checkpoints like exps/NAME/checkpoints/0400000, or --run exps/NAME")
     device = default_device()
     settings = settings_for(device, settings)
-    checkpoints = [open_checkpoint(folder, guided(folder, settings)) for folder in found]
+    checkpoints = [open_checkpoint(f, guided(f, settings), classes) for f in found]
     num_classes = {c.num_classes for c in checkpoints}
     if len(num_classes) > 1:
         words = ", ".join(map(str, sorted(num_classes)))
         raise UserError(f"these checkpoints know {words} classes: labels cannot be shared")
     check_balance(settings, num, *num_classes)
-    several = len({name_of(c.folder)[0] for c in checkpoints}) > 1
+    several = len({name_of(shown.get(c.folder, c.folder))[0] for c in checkpoints}) > 1
     rows = []
     for c in checkpoints:
         nets = load_networks(c.folder, c.settings, device)
         images = draw_images(c.settings, *nets, range(num), device)
-        rows.append(Row(*titles(c.folder, several), images))
+        rows.append(Row(*titles(c.folder, several, shown.get(c.folder)), images))
         print(f"sampled {c.folder}")
-    y = draw_labels(settings, range(num), *num_classes)
-    return rows, [f"class {label}" for label in y.tolist()]
+    first = checkpoints[0]
+    return rows, first.titles(draw_labels(first.settings, range(num), first.num_classes))
 
 
 def guided(folder: Path, settings: SamplingSettings) -> SamplingSettings:
@@ -62,9 +70,10 @@ def guided(folder: Path, settings: SamplingSettings) -> SamplingSettings:
     return replace(settings, cfg_scale=1.0)
 
 
-def titles(checkpoint: Path, several: bool) -> tuple[str, list[str]]:
-    """Title and notes of its row: the step, with the run's name if there are several."""
-    name, *step = name_of(checkpoint)
+def titles(checkpoint: Path, several: bool, shown: Path | None = None) -> tuple[str, list[str]]:
+    """Title and notes of its row: the step, with the run's name if there are several. `shown`: the
+    path that names it, if it is another."""
+    name, *step = name_of(shown or checkpoint)
     known = (read_record(checkpoint / STATE) or {}).get("step")
     step = known if known is not None else int(step[0]) if step else None
     if step is None:

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.errors import UserError
+from loss.interpolant import PATHS
 from models.sit import load_sit
 from utils.checkpoint import SIT_EMA
 from utils.distributed import default_device
 from utils.pictures.grid import save_figure
 from utils.random import generator
 from utils.samplers import SOLVERS, network_calls, ode_times, sample
+from utils.sampling.load import open_checkpoint
+from utils.sampling.settings import SamplingSettings
 
 STEPS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 REFERENCE_STEPS = 500  # of Heun, where no exact solution is known
@@ -58,12 +60,16 @@ def rms(error: Tensor) -> float:
 
 
 def checkpoint_curves(
-    checkpoint: Path, path: str, cfg_scale: float, guidance: tuple[float, float], num: int
+    checkpoint: Path,
+    path: str | None,
+    cfg_scale: float,
+    guidance: tuple[float, float],
+    num: int,
 ) -> Curves:
     """Errors for the EMA SiT of a checkpoint, against Heun with `REFERENCE_STEPS` steps from the
-    same noise, averaged over `num` latents."""
-    if not (checkpoint / SIT_EMA).is_dir():
-        raise UserError(f"--checkpoint {checkpoint} has no {SIT_EMA}/: name a checkpoint folder")
+    same noise, averaged over `num` latents. `path`: the interpolant; None: the checkpoint's."""
+    settings = SamplingSettings(path=path, cfg_scale=cfg_scale)
+    path = open_checkpoint(checkpoint, settings).settings.path or PATHS[0]
     device = default_device()
     sit: Any = load_sit(checkpoint / SIT_EMA)
     sit.to(device)

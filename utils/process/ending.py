@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from models.errors import UserError
-from utils.process import heartbeat
+from utils.process import heartbeat, installation
 from utils.process.heartbeat import NOTHING_TO_SAVE, Stopped
 
 WAIT_FOR_MAIN = 5.0  # s that a rank leaves the main process to report the same mistake
@@ -55,6 +55,8 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
         return 130, "interrupted"
     if isinstance(error, BrokenPipeError):  # of `| head`
         return 141, ""
+    if isinstance(error, ModuleNotFoundError) and (line := installation.explain(error)):
+        return 2, line
     if isinstance(error, OSError) and error.errno in ENVIRONMENT:
         where = f"{error.filename}: " if error.filename else ""
         return 2, f"error: {where}{error.strerror}"

@@ -12,14 +12,15 @@ from huggingface_hub import HfApi
 from models.errors import UserError, what_is
 from models.vae import load_vae
 from models.weights import short
-from utils.checkpoint import DISCRIMINATOR
+from utils.checkpoint import DISCRIMINATOR, VAE_FOLDER
 from utils.data.base import Source
 from utils.data.latent_stats import measure_latents
 from utils.distributed import default_device
-from utils.files import sync, sync_tree
+from utils.files import sha256_file, sync, sync_tree
 from utils.published.files import require_new_folder
 from utils.published.model_card import make_card, read_evaluation, read_run_settings
-from utils.sealed import STATE, find_fault, read_state_json
+from utils.sampling.locate import locate_vae
+from utils.sealed import STATE, read_state_json
 
 
 def export_vae(
@@ -35,7 +36,7 @@ def export_vae(
 ) -> str:
     """Write the folder `out`: VAE, latent statistics, discriminator if there is one, model card.
 
-    checkpoint: a checkpoint directory, or a diffusers folder.
+    checkpoint: a checkpoint directory, a run, a diffusers folder, or a hub id: see `locate_vae`.
     images: measure the statistics on `num_images` of these, in the order of `seed`; None = take
     those in the VAE's config. `images_name` names them in the card.
     evaluation: a record of `evaluate_fid.py --vae`. title: of the card; None = the name of `out`.
@@ -43,6 +44,7 @@ def export_vae(
     behind, if the checkpoint is not whole or has no statistics.
     """
     require_new_folder(out)
+    checkpoint = locate_vae(checkpoint)
     state = read_checkpoint_state(checkpoint)
     vae = load_vae(str(checkpoint)).eval().requires_grad_(False)
     record = read_evaluation(evaluation) if evaluation else None
@@ -79,9 +81,24 @@ def read_checkpoint_state(folder: Path) -> dict:
         raise UserError(f"{folder}: {why}; name one like exps/NAME/checkpoints/0400000")
     if not os.path.lexists(folder / STATE):
         return {}
-    if fault := find_fault(folder):
-        raise UserError(f"{folder} is not a whole checkpoint: {fault}; choose another")
-    return {k: v for k, v in asdict(read_state_json(folder)).items() if v is not None}
+    state = read_state_json(folder)
+    for name, digest in state.files.items():
+        # a download has only what it was made for
+        needed = (folder / name).exists() or name.startswith(f"{VAE_FOLDER}/")
+        if fault := _fault_of(folder / name, digest) if needed else "":
+            why = f"{name} is {fault}"
+            raise UserError(f"{folder} is not a whole checkpoint: {why}; choose another")
+    return {k: v for k, v in asdict(state).items() if v is not None}
+
+
+def _fault_of(file: Path, digest: str) -> str:
+    """What is wrong with a file of this sha256; "" if nothing is."""
+    if not os.path.isfile(file):
+        return what_is(file)
+    try:
+        return "" if sha256_file(file) == digest else "damaged"
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
 
 
 @contextmanager

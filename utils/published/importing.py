@@ -15,6 +15,7 @@ from utils.checkpoint import Contents, seal_checkpoint
 from utils.files import sha256_file
 from utils.published import files, networks, sit_conventions
 from utils.published.files import PublishedFile
+from utils.sealed import ModelIndex
 
 Stats = tuple[Tensor, Tensor]  # per-channel (mean, std) of latents, each (C,)
 
@@ -66,7 +67,8 @@ def import_published(
         source["weights"] = "model and ema" if both else "one set, used as both"
         source["time"] = "t = 1 was data (original SiT): converted" if reverse else "t = 0 is data"
     state["source"] = source
-    contents = Contents(found.vae, latent_stats, sit, ema, disc)
+    index = ModelIndex(path=state.get("path"))
+    contents = Contents(found.vae, latent_stats, sit, ema, disc, index=index)
     seal_checkpoint(out.resolve(), published.step, contents.write, state)
     return state
 

@@ -1,5 +1,6 @@
 """The README.md of an exported VAE, with the front matter that the Hugging Face hub reads."""
 
+import re
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import getitem
@@ -11,13 +12,13 @@ from models.errors import UserError, read_json
 from models.vae import VAE
 from models.vae_families import VAES
 from utils.config.load import CONFIG_FILE, read_saved_config
-from utils.evaluation.report import scalars
+from utils.evaluation.report import fixed, scalars
 from utils.provenance import versions
 from utils.records import number, parse_record
 
 # Settings of the run that a card shows, and their names in it. No paths: a card is for the public.
 SHOWN_SETTINGS = {
-    "vae.name": "starting VAE",
+    "vae.name": "VAE",
     "data.source": "data source",
     "data.resolution": "resolution, px",
     "run.batch_size": "global batch",
@@ -28,12 +29,13 @@ SHOWN_SETTINGS = {
     "loss.reg": "reconstruction loss",
     "loss.align": "alignment loss",
 }
+# further ones, which are not shown: what the VAE goes back to
+ORIGIN = ("vae.weights", "run.init_from")
 CARD = Template("""\
 ---
 library_name: diffusers
-license: other
-license_name: as-starting-vae
-${base}tags:
+$front
+tags:
 - vae
 - autoencoder
 - repa-e
@@ -41,7 +43,7 @@ ${base}tags:
 
 # $title
 
-$what. The licence of the starting VAE applies.
+$what. $licence
 
 ## Use
 
@@ -86,14 +88,13 @@ def make_card(
     state: a checkpoint's state.json or {}; then what `read_run_settings`, `read_evaluation` gave.
     """
     mean, std, origin = stats
-    row = VAES.get(settings.get("vae.name", ""))
     both = " and ".join(f"{value:g}" for value in vae.family.saved_with_stats.values())
     step = f", step {state['step']}" if "step" in state else ""
     imported = " (imported from published weights)" if state.get("imported") else ""
     channels = enumerate(zip(mean.tolist(), std.tolist()))
     return CARD.substitute(
+        licence_of(state, settings),
         title=title,
-        base=f"base_model: {row.repo}\n" if row and row.repo else "",
         what=f"VAE exported from a checkpoint of REPA-E{step}{imported}",
         cls=type(vae.net).__name__,
         view=", ".join(map(str, vae.family.stats_shape)),
@@ -107,8 +108,25 @@ def make_card(
     )
 
 
+def licence_of(state: dict, settings: dict) -> dict[str, str]:
+    """What `front` matter and `licence`, a sentence, say of where the VAE comes from; arguments as
+    in `make_card`."""
+    known = (state.get("config") or {}) | settings
+    row = VAES.get(str(known.get("vae.name")))
+    weights, other = known.get("vae.weights"), known.get("run.init_from")
+    if row is None or other or state.get("imported"):
+        text = "What its weights go back to is not recorded here: the licence of that applies."
+        return {"front": "license: other\nlicense_name: as-its-origin", "licence": text}
+    if row.repo and weights is not None:
+        front = f"license: other\nlicense_name: as-starting-vae\nbase_model: {row.repo}"
+        return {"front": front, "licence": "The licence of the starting VAE applies."}
+    text = "Trained from random weights, by code under the MIT licence; change the licence above"
+    return {"front": "license: mit", "licence": f"{text} if the training data ask for another."}
+
+
 def read_run_settings(checkpoint: Path, state: dict) -> dict:
-    """`SHOWN_SETTINGS` of the run that wrote `checkpoint`, by name; {} if no run of ours did."""
+    """`SHOWN_SETTINGS` and `ORIGIN` of the run that wrote `checkpoint`, by name; {} if no run of
+    ours did."""
     path = checkpoint.resolve().parent.parent / CONFIG_FILE
     if not state or state.get("imported") or not path.is_file():
         return {}
@@ -117,12 +135,13 @@ def read_run_settings(checkpoint: Path, state: dict) -> dict:
     except UserError as error:  # no reason to keep the weights back
         print(f"{path} is left out of the model card: {error}", flush=True)
         return {}
-    return {name: reduce(getitem, name.split("."), saved) for name in SHOWN_SETTINGS}
+    return {name: reduce(getitem, name.split("."), saved) for name in (*SHOWN_SETTINGS, *ORIGIN)}
 
 
 def training_table(state: dict, settings: dict) -> str:
     rows = {"step": state["step"]} if "step" in state else {}
-    rows |= {SHOWN_SETTINGS[name]: value for name, value in settings.items() if value is not None}
+    shown = {SHOWN_SETTINGS[name]: v for name, v in settings.items() if name in SHOWN_SETTINGS}
+    rows |= {name: value for name, value in shown.items() if value is not None}
     if source := state.get("source"):
         rows |= {"published file": source.get("file"), "its sha256": source.get("sha256")}
     when = "import" if state.get("imported") else "run"
@@ -138,11 +157,22 @@ def table(head: str, rows: dict[str, str]) -> str:
 
 
 def format_setting(value) -> str:
-    """A setting for a table cell; weight files are left out, as they are somebody's paths."""
+    """A setting for a table cell, without weight files and folders, which are somebody's."""
     if isinstance(value, dict):
-        shown = {k: v for k, v in value.items() if "weights" not in k}
+        shown = {k: v for k, v in value.items() if "weights" not in k and v is not None}
         return ", ".join(f"{k} {format_setting(v)}" for k, v in shown.items())
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else public(value)
+
+
+def public(value) -> str:
+    """A text without the folders in it: of each path, its last name."""
+    parts = re.split(r"([\s,;:@=\[\]`]+)", str(value))
+    return "".join(Path(part).name if is_path(part) else part for part in parts)
+
+
+def is_path(text: str) -> bool:
+    """Whether a word is a path of this machine, and not a hub id or "SiT-XL/2"."""
+    return "/" in text and (text.startswith(("/", "~", ".", "$")) or text.count("/") > 1)
 
 
 @dataclass
@@ -192,9 +222,11 @@ def evaluation_table(record: dict | None) -> str:
     """Metrics, and why they are not comparable with published ones, if so."""
     if record is None:
         return "Not evaluated."
-    features = (record.get("features") or {}).get("label", "none")
-    notes = f"{record['n']} images of {record['samples']['name']}; feature network: {features}; "
-    notes += f"evaluated as `{record['vae']['spec']}`."
+    features = public((record.get("features") or {}).get("label", "none"))
+    images, spec = public(record["samples"]["name"]), public(record["vae"]["spec"])
+    notes = f"{record['n']} images of {images}; feature network: {features}; "
+    notes += f"evaluated as `{spec}`."
     for why in record.get("not_comparable_because", []):
-        notes += f"\nNot comparable with published numbers: {why}."
-    return f"{table('metric', {k: f'{v:.4f}' for k, v in scalars(record).items()})}\n\n{notes}"
+        notes += f"\nNot comparable with published numbers: {public(why)}."
+    numbers = {public(k): fixed(v) for k, v in scalars(record).items()}
+    return f"{table('metric', numbers)}\n\n{notes}"

@@ -131,8 +131,10 @@ def decoding(precision: str | None, device: torch.device) -> AbstractContextMana
 
 
 def draw_labels(settings: SamplingSettings, indices: range, num_classes: int) -> torch.Tensor:
-    """(N,) int64. Balanced labels run through the classes in turn: a file sorted by class would
-    lower the Inception Score of its splits."""
+    """(N,) int64. Balanced labels run through the classes in turn, chosen ones through these: a
+    file sorted by class would lower the Inception Score of its splits."""
+    if settings.classes:
+        return torch.tensor([settings.classes[i % len(settings.classes)] for i in indices])
     if settings.class_balanced:
         return torch.tensor([i % num_classes for i in indices])
     keys = (generator("label", settings.seed, i) for i in indices)

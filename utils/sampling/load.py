@@ -1,6 +1,8 @@
 """A checkpoint that is sampled from: sit_ema/ and vae/, and nothing else of it."""
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,12 @@ from typing import Any
 import torch
 
 from loss.interpolant import PATHS
-from models.errors import UserError, what_is
+from models.errors import UserError
 from models.sit import SiT, load_sit, read_sit_config
 from models.vae import VAE, build_vae, load_vae
-from models.weights import CONFIG
-from utils.checkpoint import SIT_EMA, VAE_FOLDER, Checkpoints
+from utils.checkpoint import SIT_EMA, VAE_FOLDER
 from utils.compilation import compile_network
+from utils.data.base import printable
 from utils.files import files_below, sha256_file
 from utils.precision import (
     DTYPES,
@@ -24,8 +26,10 @@ from utils.precision import (
     to_channels_last,
 )
 from utils.sampling.images import NOISE_VERSION
+from utils.sampling.labels import labels_of, readable_names, short_name
+from utils.sampling.locate import require_checkpoint
 from utils.sampling.settings import SamplingSettings, flag_of
-from utils.sealed import STATE, CheckpointState, read_state_json
+from utils.sealed import STATE, CheckpointState, ModelIndex, read_model_index, read_state_json
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,24 @@ class SampledCheckpoint:
     """A checkpoint as it will be sampled from, before its networks are loaded."""
 
     folder: Path
-    settings: SamplingSettings  # with the path of the run filled in
+    settings: SamplingSettings  # with the path of the run and the chosen labels filled in
     resolution: int  # side of the images in pixels
     num_classes: int
     weights: dict[str, str]  # sha256 of every file that is loaded, by its name in the folder
+    names: tuple[str, ...] = ()  # of the classes, readable; "" where it is not known
 
     def identity(self, num_samples: int) -> dict[str, Any]:
         """All that the first `num_samples` images depend on, for JSON."""
         facts = {"num_samples": num_samples, "noise_version": NOISE_VERSION}
         facts |= {"resolution": self.resolution, "num_classes": self.num_classes}
         return self.settings.that_decide_pixels() | facts | {"weights": self.weights}
+
+    def titles(self, y: torch.Tensor) -> list[str]:
+        """What to write beside images with the labels (N,)."""
+        names = self.names or [""] * self.num_classes
+        short = [printable(short_name(name, label)) for label, name in enumerate(names)]
+        times = Counter(short)  # ImageNet has two cranes
+        return [short[i] if times[short[i]] == 1 else f"{short[i]} ({i})" for i in y.tolist()]
 
 
 def settings_for(device: torch.device, settings: SamplingSettings) -> SamplingSettings:
@@ -58,19 +70,15 @@ def settings_for(device: torch.device, settings: SamplingSettings) -> SamplingSe
     return settings
 
 
-def open_checkpoint(folder: Path, settings: SamplingSettings) -> SampledCheckpoint:
-    """Read the configs and hash the weights of a checkpoint. Raises `UserError` if it is not whole,
-    or cannot do what `settings` ask for."""
+def open_checkpoint(
+    folder: Path, settings: SamplingSettings, classes: Sequence[str] = ()
+) -> SampledCheckpoint:
+    """Read the configs and hash the weights of a checkpoint. `classes`: those of --classes, see
+    `labels_of`; none = all. Raises `UserError` if the checkpoint is not whole, or cannot do what
+    `settings` and `classes` ask for."""
     require_checkpoint(folder)
     state = read_state_json(folder) if os.path.lexists(folder / STATE) else CheckpointState()
-    files = [p for name in (SIT_EMA, VAE_FOLDER) for p in files_below(folder / name)]
-    try:
-        weights = {str(p.relative_to(folder)): sha256_file(p) for p in files}
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}): repair it") from None
-    for name, digest in weights.items():
-        if state.files.get(name, digest) != digest:
-            raise UserError(f"{folder / name} is not as it was saved: copy the checkpoint again")
+    weights = hash_weights(folder, state)
     sit = read_sit_config(folder / SIT_EMA)
     if settings.cfg_scale != 1 and not sit["class_dropout_prob"]:
         text = f"--cfg-scale {settings.cfg_scale}: this SiT was trained without a null label"
@@ -82,30 +90,34 @@ def open_checkpoint(folder: Path, settings: SamplingSettings) -> SampledCheckpoi
             f"--checkpoint {folder}: {SIT_EMA}/ makes latents of {sit['in_channels']} channels, "
             f"{VAE_FOLDER}/ decodes {vae.latent_channels}; put the VAE there that it was made for"
         )
-    settings = replace(settings, path=settings.path or state.path or PATHS[0])
+    index, num_classes = read_model_index(folder), sit["num_classes"]
+    names = names_of_classes(state, index, num_classes)
+    settings = replace(settings, path=settings.path or state.path or index.path or PATHS[0])
+    if classes:
+        settings = replace(settings, classes=labels_of(classes, state.classes or names, names))
     resolution = sit["input_size"] * vae.downsample_factor
-    return SampledCheckpoint(folder, settings, resolution, sit["num_classes"], weights)
+    return SampledCheckpoint(folder, settings, resolution, num_classes, weights, tuple(names))
 
 
-def require_checkpoint(folder: Path) -> None:
-    """`UserError` unless `folder` can be a checkpoint that is sampled from; for the folder of a run
-    it names the newest one in it."""
-    example = f"name a folder with {SIT_EMA}/ and {VAE_FOLDER}/, like exps/NAME/checkpoints/0400000"
-    if (found := what_is(folder)) != "a folder":
-        found = "no such folder" if found == "absent" else f"it is {found}"
-        raise UserError(f"--checkpoint {folder}: {found}; {example}")
-    missing = [n for n in (SIT_EMA, VAE_FOLDER) if not (folder / n / CONFIG).is_file()]
-    if not missing:
-        return
-    config = folder / missing[0] / CONFIG
-    if (found := what_is(config)) != "absent":
-        raise UserError(f"{config} is {found}, expected a JSON file: copy the checkpoint again")
-    run = folder.parent if folder.name == "checkpoints" else folder
-    if folder.name in (SIT_EMA, VAE_FOLDER) and (folder / CONFIG).is_file():
-        example = f"name the folder around it, {folder.parent}"
-    elif newest := Checkpoints(run).latest(report=lambda _: None, read_all=False):
-        example = f"that is a run; its newest checkpoint is {newest}"
-    raise UserError(f"--checkpoint {folder} has no {missing[0]}/ with a {CONFIG}: {example}")
+def hash_weights(folder: Path, state: CheckpointState) -> dict[str, str]:
+    """sha256 of every file that is loaded, by its name; `UserError` if `state` knows another."""
+    files = [p for name in (SIT_EMA, VAE_FOLDER) for p in files_below(folder / name)]
+    try:
+        weights = {str(p.relative_to(folder)): sha256_file(p) for p in files}
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): repair it") from None
+    for name, digest in weights.items():
+        if state.files.get(name, digest) != digest:
+            raise UserError(f"{folder / name} is not as it was saved: copy the checkpoint again")
+    return weights
+
+
+def names_of_classes(state: CheckpointState, index: ModelIndex, num_classes: int) -> list[str]:
+    """Readable names of the classes of a checkpoint; "" where it is not known."""
+    if index.id2label:
+        return [index.id2label.get(str(label), "") for label in range(num_classes)]
+    # state.json may know fewer than the SiT: data.num_classes
+    return readable_names([*(state.classes or ()), *[""] * num_classes][:num_classes])
 
 
 def check_balance(settings: SamplingSettings, num_samples: int, num_classes: int) -> None:
@@ -113,6 +125,9 @@ def check_balance(settings: SamplingSettings, num_samples: int, num_classes: int
     if settings.class_balanced and num_samples % num_classes:
         text = f"--num-samples {num_samples} does not split evenly over {num_classes} classes"
         raise UserError(f"--class-balanced: {text}: give a multiple")
+    if settings.classes and num_samples % (chosen := len(settings.classes)):
+        text = f"--num-samples {num_samples} does not split evenly over the {chosen} of --classes"
+        raise UserError(f"{text}: give a multiple, or --per-class")
 
 
 def load_networks(

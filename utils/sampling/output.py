@@ -3,8 +3,9 @@
     NAME.npz          `arr_0`, (N, H, W, 3) uint8: what FID suites read
     NAME.json         every setting, their hash, where and how fast the images were made
     NAME.labels.npy   (N,) int64
-    NAME.png          the first images
+    NAME.png          the first images with the names of their classes
     NAME.shards/      finished blocks (utils/data/sharded.py), until NAME.json is written
+    DIR/              with --png: each image as a file (utils/sampling/png.py)
 
 A block has a fixed size, whatever the number of ranks and the batch size: a killed command can be
 continued with others. With the same batch size, the bytes do not depend on kills and ranks, since a
@@ -16,6 +17,8 @@ import hashlib
 import json
 import math
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,8 +27,8 @@ import torch
 
 from models.errors import UserError
 from utils.cli import check_output
-from utils.data.images import save_grid
 from utils.data.sharded import PLAN, ShardedFolder, plan_differences
+from utils.evaluation.npz_images import open_array_file
 from utils.files import (
     files_below,
     format_bytes,
@@ -37,16 +40,23 @@ from utils.files import (
 from utils.provenance import versions
 from utils.sampling.images import DrawnImages, draw_labels
 from utils.sampling.load import SampledCheckpoint
+from utils.sampling.png import PngFolder
 from utils.sampling.settings import BLOCK
 
 KEY = "settings_sha256"  # the name of the hash of the settings in NAME.json
-PREVIEW_IMAGES, PREVIEW_COLUMNS = 64, 8
+PREVIEW_IMAGES = 64
+
+# writes (N, 3, H, W) uint8 images with a title for each to a path; the number of the classes that
+# follow each other in turn, 0 if they are drawn at random
+SavePreview = Callable[[Path, torch.Tensor, list[str], int], None]
 
 
 class SampleFiles:
     """The files of one command: `num_samples` images of a checkpoint, and their blocks."""
 
-    def __init__(self, out: Path, checkpoint: SampledCheckpoint, num_samples: int):
+    def __init__(
+        self, out: Path, checkpoint: SampledCheckpoint, num_samples: int, png: Path | None = None
+    ):
         self.out, self.checkpoint, self.num_samples = out, checkpoint, num_samples
         self.record_file = out.with_suffix(".json")
         self.settings = checkpoint.identity(num_samples)
@@ -58,6 +68,8 @@ class SampleFiles:
             shard_size=BLOCK,
             rows={"images": (self.shape, np.uint8)},
         )
+        plan = _with_short_hash(self.settings)
+        self.pngs = PngFolder(png, plan, num_samples) if png else None
 
     def is_done(self) -> bool:
         """Whether --out holds these very samples. `UserError` if it holds others, or nobody knows
@@ -82,6 +94,8 @@ class SampleFiles:
         beside = [self.out.with_suffix(end) for end in (".labels.npy", ".png", ".json")]
         for path in (*beside, self.blocks.folder / PLAN):
             check_output("--out", path)
+        if self.pngs:
+            self.pngs.check()
         num_bytes = self.num_samples * math.prod(self.shape)
         place, free = free_disk(self.out)
         # the blocks, and the .npz that is joined from them
@@ -96,44 +110,75 @@ class SampleFiles:
         return self.blocks.unfinished()
 
     def begin(self) -> list[int]:
-        """`check`, and make the folder of blocks if there is none."""
+        """`check`, and make the folders that are not there."""
         todo = self.check()
         self.blocks.begin()
+        if self.pngs:
+            self.pngs.begin()
         return todo
 
     def write(self, block: int, drawn: DrawnImages) -> None:
         """All images of a block; a kill leaves the whole block or none."""
-        images = drawn.result()
-        self.blocks.draft(block)["images"][:] = images.permute(0, 2, 3, 1).numpy()
+        images = drawn.result().permute(0, 2, 3, 1).numpy()
+        if self.pngs:  # first: a finished block is not looked at again
+            self.pngs.write(self.blocks.items(block), lambda: images)
+        self.blocks.draft(block)["images"][:] = images
         self.blocks.seal(block, {"images": len(images)})
 
-    def finish(self, facts: dict[str, Any]) -> None:
+    def finish(self, facts: dict[str, Any], save_preview: SavePreview) -> None:
         """Join the blocks into the .npz and write what goes beside it, the record last; then drop
         the blocks. `facts` go into the record."""
         try:
-            self._finish(facts)
+            self._finish(facts, save_preview)
         except OSError as error:
             raise UserError(f"--out {self.out} cannot be written ({error.strerror}): its images "
                             f"are kept in {self.blocks.folder}; mend that, and run the command "
                             "again") from None  # fmt: skip
 
-    def _finish(self, facts: dict[str, Any]) -> None:
+    def _finish(self, facts: dict[str, Any], save_preview: SavePreview) -> None:
         self.record_file.unlink(missing_ok=True)  # of an .npz that was deleted
         write_atomically(self.out, self._write_npz)
-        settings = self.checkpoint.settings
-        y = draw_labels(settings, range(self.num_samples), self.checkpoint.num_classes)
+        settings, y = self.checkpoint.settings, self.labels()
         write_atomically(self.out.with_suffix(".labels.npy"), lambda file: np.save(file, y.numpy()))
+        self.write_pngs(lambda items: self.blocks.read(items.start // BLOCK, "images"))
         blocks = range(min(self.blocks.num_shards, -(-PREVIEW_IMAGES // BLOCK)))
         first = np.concatenate([self.blocks.read(k, "images") for k in blocks])[:PREVIEW_IMAGES]
-        scale = max(1, 64 // self.checkpoint.resolution)
+        titles = self.checkpoint.titles(y[:PREVIEW_IMAGES])
         grid = torch.from_numpy(first).permute(0, 3, 1, 2)
-        save_grid(self.out.with_suffix(".png"), grid, PREVIEW_COLUMNS, scale)
+        save_preview(self.out.with_suffix(".png"), grid, titles, len(settings.classes))
         known = {"settings": self.settings, KEY: hash_settings(self.settings)}
         known |= {"checkpoint": str(self.checkpoint.folder)}
+        if chosen := settings.classes:
+            known |= {"class_names": self.checkpoint.titles(torch.tensor(chosen))}
         known |= {"checkpoint_sha256": hash_settings(self.settings["weights"])}
         batches = {name: getattr(settings, name) for name in ("batch_size", "decode_batch_size")}
         write_json(self.record_file, known | {"versions": versions()} | batches | facts)
         self.blocks.remove()
+
+    def add_pngs(self) -> bool:
+        """Write the images of --png that are missing from a finished .npz; whether any was."""
+        if self.pngs is None or self.pngs.is_done():
+            return False
+        self.pngs.begin()
+        images = open_array_file(self.out)
+        self.write_pngs(lambda items: images.read(items.start, items.stop))
+        return True
+
+    def labels(self) -> torch.Tensor:
+        """(N,) int64 of the images."""
+        indices = range(self.num_samples)
+        return draw_labels(self.checkpoint.settings, indices, self.checkpoint.num_classes)
+
+    def write_pngs(self, read: Callable[[range], np.ndarray]) -> None:
+        """Write the images of --png that are missing, and the list of their labels; `read` gives
+        the images of a block, (n, H, W, 3) uint8."""
+        if self.pngs is None:
+            return
+        for block in range(self.blocks.num_shards):
+            items = self.blocks.items(block)
+            self.pngs.write(items, partial(read, items))
+        y = self.labels()
+        self.pngs.finish(y.tolist(), self.checkpoint.titles(y))
 
     def _write_npz(self, disk: BinaryIO) -> None:
         """Stream all blocks into one uncompressed .npz: memory holds one of them at a time. The zip

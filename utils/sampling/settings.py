@@ -28,6 +28,8 @@ from utils.samplers import (
 # rank; small ones are shared evenly: 8 ranks make 50,000 images in 63 rounds, 62.5 would be ideal.
 # 100 images or fewer are made by one rank: more would have to take smaller batches.
 BLOCK = 100
+# Default batches, of the SiT and of the VAE's decoder.
+BATCH_SIZE, DECODE_BATCH_SIZE = 64, 16
 LOW, HIGH = GUIDANCE_INTERVAL
 DEFAULT = next(iter(PRESETS))
 SHIFT: dict[str, Any] = {"above": 1e-3, "at_most": 1000}
@@ -40,16 +42,16 @@ def setting(
     default: Any, help: str, *, choices: Iterable[str] = (), pixels: bool = True, **sides: float
 ) -> Any:
     """A field with a default. `sides` are those of a `Range`; `pixels`: whether it is part of what
-    identifies samples."""
+    identifies samples. Without `help` it has no flag of its own."""
     metadata = {"help": help, "choices": tuple(choices), "pixels": pixels}
     return field(default=default, metadata=metadata | {"range": Range(**sides) if sides else None})
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How images are sampled, whatever the checkpoint and the number of images. Each field is a
-    flag, e.g. --cfg-scale. A solver and its steps are chosen together by --preset, and each by its
-    own flag, which wins."""
+    """How images are sampled, whatever the checkpoint and the number of images. Each field with a
+    help text is a flag, e.g. --cfg-scale. A solver and its steps are chosen together by --preset,
+    and each by its own flag, which wins."""
 
     solver: str = setting(PRESETS[DEFAULT].solver, "see utils/samplers.py", choices=SOLVERS)
     steps: int = setting(PRESETS[DEFAULT].steps, "of the solver", at_least=1, at_most=10**6)
@@ -58,6 +60,8 @@ class SamplingSettings:
     guidance_high: float = setting(HIGH, "... to this t (1 = noise)", at_least=0, at_most=1)
     timestep_shift: float = setting(1.0, "above 1: more steps near the noise", **SHIFT)
     class_balanced: bool = setting(False, "labels 0, 1, 2, ... in turn, not at random")
+    # labels that are taken in turn, in place of all; programs name them by --classes
+    classes: tuple[int, ...] = setting((), "")
     seed: int = setting(0, "image i depends on (seed, i) alone", at_least=0)
     precision: str = setting("bf16", "of the SiT", choices=("bf16", "fp32"))
     decode_precision: str | None = setting(
@@ -67,8 +71,8 @@ class SamplingSettings:
     uint8: str = setting("round", "truncate = as published", choices=("round", "truncate"))
     tf32: bool = setting(False, "TF32 in what is float32, as the published samples")
     compile: bool = setting(False, "torch.compile SiT and decoder, for one size of batches")
-    batch_size: int = setting(64, "images per rank and network call", **SPEED, at_most=BLOCK)
-    decode_batch_size: int = setting(16, "images the VAE decodes at a time", **SPEED)
+    batch_size: int = setting(BATCH_SIZE, "images of a network call", **SPEED, at_most=BLOCK)
+    decode_batch_size: int = setting(DECODE_BATCH_SIZE, "images the VAE decodes at a time", **SPEED)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -76,7 +80,7 @@ class SamplingSettings:
         of any field, or the name of a preset in place of `solver` and `steps`."""
         chosen = defaults.pop("preset", DEFAULT)
         parser.add_argument("--preset", choices=PRESETS, default=chosen, help=describe_presets())
-        for f in fields(cls):
+        for f in flag_fields():
             how: dict[str, Any] = {"action": "store_true"}
             if not isinstance(f.default, bool):
                 how = {"type": flag_type(f)}
@@ -90,7 +94,7 @@ class SamplingSettings:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> SamplingSettings:
         """The settings among the arguments; `UserError` for values that no run could use."""
-        given: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(cls)}
+        given: dict[str, Any] = {f.name: getattr(args, f.name) for f in flag_fields()}
         preset: dict[str, Any] = PRESETS[args.preset]._asdict()
         settings = cls(**given | {n: preset[n] for n in preset.keys() & given if given[n] is None})
         settings.check()
@@ -116,9 +120,31 @@ class SamplingSettings:
 
     def that_decide_pixels(self) -> dict[str, Any]:
         """What identifies samples: every field but those that decide speed and memory alone."""
-        values = asdict(self)
+        values = asdict(self) | {"classes": list(self.classes)}
         values["decode_precision"] = self.decode_precision or ("tf32" if self.tf32 else "fp32")
-        return {f.name: values[f.name] for f in fields(self) if f.metadata["pixels"]}
+        names = [f.name for f in fields(self) if f.metadata["pixels"]]
+        if not self.classes:  # as in records of before there was a choice
+            names.remove("classes")
+        return {name: values[name] for name in names}
+
+
+def add_classes(parser: argparse.ArgumentParser) -> None:
+    """The flag --classes: words, for `utils.sampling.labels.labels_of`."""
+    help = "labels or names, with commas between them: images of these in turn; may be repeated"
+    parser.add_argument("--classes", action="append", default=[], metavar="A,B,...", help=help)
+
+
+def check_classes(args: argparse.Namespace) -> None:
+    """`UserError` if --classes names none, or does not go with another flag."""
+    if any(not word.strip() for words in args.classes for word in words.split(",")):
+        raise UserError(f"--classes {args.classes[0]!r}: expected labels or names, e.g. 207,360")
+    if args.classes and args.class_balanced:
+        raise UserError("--classes are taken in turn already: leave out --class-balanced")
+
+
+def flag_fields() -> list[Field]:
+    """The settings that have a flag of their own."""
+    return [f for f in fields(SamplingSettings) if f.metadata["help"]]
 
 
 def flag_type(f: Field) -> Callable[[str], Any]:

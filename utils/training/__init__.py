@@ -6,10 +6,10 @@ batch.py              the images of one step; micro-batches, averages over them;
 draws.py              the random numbers of one step
 ema.py                moving average of the SiT
 nonfinite.py          what follows numbers that are not finite; steps left out; warnings
-tracking.py           metrics.jsonl, trackers, progress bar; a loss that is not finite ends the run
+tracking.py           metrics.jsonl, and the trackers; a loss that is not finite ends the run
+sessions.py           the starts of a run
 periodic.py           what happens between steps: log line, checkpoint, preview, evaluation
-preview.py            pictures of samples and reconstructions
 online_evaluation.py  small evaluations of the EMA weights
-plan.py               what --dry-run prints
+plan.py               whether a run can do what its settings ask for; what --dry-run prints
 phases.py             named ranges of the step, for profilers, counters and clocks
 """

@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn as nn
 
 from loss.gan import LeCam
 from models.discriminator import PatchGAN
 from models.encoders import Encoder, load_encoder
 from models.errors import UserError
-from models.lpips import halve, load_lpips
+from models.lpips import (
+    PerceptualNet,
+    halve,
+    load_lpips,
+    load_perceptual_net,
+    split_perceptual,
+)
 from models.sit import SiT
 from models.vae import VAE, build_vae, load_vae
 from models.weights import WeightFile, load_strictly, read_state
@@ -26,6 +31,7 @@ from utils.data.base import Source
 from utils.data.latent_stats import measure_latents
 from utils.data.latents import LatentCache
 from utils.distributed import Ranks
+from utils.evaluation.networks import read_classifier_facts
 from utils.precision import (
     autocast,
     cast_weights,
@@ -52,6 +58,7 @@ class Networks:
     disc: PatchGAN | None = None
     encoders: list[Encoder] = field(default_factory=list)
     lpips: LPIPS | None = None
+    perceptual: PerceptualNet | None = None
     lecam: LeCam | None = None
     ema: SiT = field(init=False)
     update_ema: EmaUpdate = field(init=False)
@@ -92,6 +99,7 @@ def build_networks(
     origin = checkpoint or (Path(c.run.init_from) if c.run.init_from else None)
     # the main process downloads, the others read its cache
     vae, encoders, lpips = Ranks().main_first(lambda: load_pretrained(c, origin))
+    perceptual = Ranks().main_first(lambda: load_perceptual(c))
     vae = vae.to(device)
     if cache:
         cache.check_vae(vae, vae_spec(c, origin)[0])
@@ -111,6 +119,7 @@ def build_networks(
         raise UserError(f"{origin} has no discriminator: set loss.reg.gan=0, or a new run.name")
     nets = Networks(vae, sit, disc, encoders=[encoder.to(device) for encoder in encoders])
     nets.lpips = lpips.to(device) if lpips else None
+    nets.perceptual = perceptual.to(device) if perceptual else None
     nets.lecam = LeCam().to(device) if disc and c.loss.reg.lecam else None
     nets.precision = effective_precision(c.run.precision, device)
     if note := emulation_note(c.run.precision, device):
@@ -151,6 +160,19 @@ def load_pretrained(c: Config, origin: Path | None) -> tuple[VAE, list[Encoder],
     lpips = load_lpips(c.loss.reg.lpips_weights) if c.vae.train and c.loss.reg.lpips else None
     vae = _seeded(c, "vae", lambda: load_vae(*vae_spec(c, origin)))
     return vae, _seeded(c, "encoders", lambda: load_encoders(c)), lpips
+
+
+def load_perceptual(c: Config, spec: str | None = None) -> PerceptualNet | None:
+    """The network of the perceptual loss, None without such a loss. It is fed at the size that
+    scripts/train_classifier.py states in its file, other networks at that of the images. `spec`:
+    another one than the config's, for the same size."""
+    reg = c.loss.reg
+    if not (c.vae.train and reg.perceptual and reg.perceptual_net):
+        return None
+    _, file = split_perceptual(reg.perceptual_net)
+    facts = read_classifier_facts(Path(file)) if file else None
+    net, size = spec or reg.perceptual_net, facts.size if facts else None
+    return _seeded(c, "perceptual", lambda: load_perceptual_net(net, c.data.resolution, size))
 
 
 def vae_spec(c: Config, origin: Path | None) -> tuple[str, str | None]:
@@ -250,13 +272,12 @@ def skeleton(c: Config, num_classes: int, origin: Path | None = None) -> Network
     nets = Networks(vae, sit, disc, [] if c.encoder.cached else encoders)
     nets.ema = make_ema(sit)
     nets.lecam = LeCam() if disc and c.loss.reg.lecam else None
+    if c.loss.reg.perceptual_net:
+        name, _ = split_perceptual(c.loss.reg.perceptual_net)
+        with torch.device("meta"):
+            nets.perceptual = load_perceptual(c, f"{name}@random")
     nets.precision = c.run.precision
     return nets
-
-
-def count(net: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(p.numel() for p in net.parameters())
 
 
 def initial_latent_stats(c: Config, vae: VAE, source: Source, cache: LatentCache | None) -> dict:
@@ -284,7 +305,7 @@ def prepare_for_training(nets: Networks, c: Config, accelerator: Accelerator) ->
     if nets.lpips and halves:
         halve(nets.lpips)
     if nets.channels_last:
-        for net in filter(None, (nets.vae, nets.disc, nets.lpips)):
+        for net in filter(None, (nets.vae, nets.disc, nets.lpips, nets.perceptual)):
             to_channels_last(net)
     if c.run.checkpointing in ("sit", "both"):
         nets.sit.enable_gradient_checkpointing()
@@ -312,7 +333,7 @@ def _compile(nets: Networks, c: Config, ranks: int) -> None:
     """All networks but the EMA, which does not exist yet; those that run between steps, and what
     waits for other ranks inside, without CUDA graphs."""
     compile_network(nets.vae, "encode", "decode", cuda_graphs=nets.cuda_graphs)
-    for net in filter(None, (nets.sit, nets.lpips, *nets.encoders)):
+    for net in filter(None, (nets.sit, nets.lpips, nets.perceptual, *nets.encoders)):
         compile_network(net, cuda_graphs=nets.cuda_graphs)
     if nets.disc:
         alone = ranks == 1 or c.disc.norm != "batch"

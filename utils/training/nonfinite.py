@@ -226,6 +226,8 @@ class LeftOutSteps:
 # Warnings.
 
 COLLAPSED = 0.1  # share of the first log line's spatial variance of latents
+MOST_OF_START = 0.05  # share of the first weights in the EMA at the end of a run
+EMA_PARTS = 40  # 400,000 steps and ema.decay=0.9999, which averages 10,000
 SATURATED = 0.01  # distance of the hinge loss from 1 or 0
 SATURATED_LINES = 10  # that many log lines in a row
 
@@ -237,14 +239,23 @@ def spatial_variance(z: Tensor) -> Tensor:
 
 
 def ema_warning(config: Config) -> tuple[float, str] | None:
-    """The number of steps that the EMA averages, and words, if the run is shorter."""
-    steps, reach = config.run.steps - config.disc.pretrain_steps, 1 / (1 - config.ema.decay)
-    if config.ema.warmup or round(reach) <= steps:
+    """The number of steps that the EMA averages, and words, if the start of the run is left in it
+    at the end. With warm-up it averages no more than the last ninth of a short run."""
+    steps, decay = config.run.steps - config.disc.pretrain_steps, config.ema.decay
+    left, reach = decay**steps, 1 / (1 - decay)
+    if config.ema.warmup or left < MOST_OF_START:
         return None
+    origin = config.run.init_from or "the random start"
     return reach, (
-        f"ema.decay={config.ema.decay} averages about {reach:.0f} steps, the run has {steps}: its "
-        "samples will show the random start; set ema.warmup=true, or a smaller ema.decay"
+        f"ema.decay={decay} averages about {reach:,.0f} steps, the run has {steps:,}: {left:.0%} "
+        f"of what is sampled would be left of {origin}; set ema.decay={fitting_decay(steps)}, or "
+        "ema.warmup=true"
     )
+
+
+def fitting_decay(steps: int) -> float:
+    """The decay of an EMA that averages about a fortieth of the run, as in the published one."""
+    return round(1 - min(0.5, float(f"{EMA_PARTS / steps:.1g}")), 12)
 
 
 class Warnings:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from PIL.Image import Image
 
 from utils.checkpoint import Checkpoints, Contents, contents_of
 from utils.config.load import CONFIG_FILE, to_yaml
 from utils.config.resuming import defining_settings
 from utils.config.schema import Config
 from utils.data.base import Source
-from utils.data.images import save_grid
 from utils.distributed import Ranks, StopSignal
 from utils.files import reason, write_atomically
+from utils.pictures.preview import Previewer, is_drawn
 from utils.process.ending import say
 from utils.process.heartbeat import Stopped
+from utils.sampling.labels import names_by_label
+from utils.sealed import ModelIndex
 from utils.training.networks import Networks
 from utils.training.nonfinite import require_finite
 from utils.training.online_evaluation import OnlineEvaluation
-from utils.training.preview import Previewer, picture_files
 from utils.training.tracking import METRICS_FILE, Tracker, read_metrics
 
 if TYPE_CHECKING:
@@ -88,15 +92,14 @@ class PeriodicTasks:
         comes."""
         check = self.stop.check if self.stop else lambda: None
 
-        def write(*picture) -> None:
-            with self.tracker.tolerance.of("pictures"):
-                save_grid(*picture)
+        def write(path: Path, picture: Image, what: str) -> None:
+            self.tracker.write_picture(path, picture, what, step)
 
         if not tasks:
             return
         with nets.update_ema.whole():
             if "preview" in tasks:
-                self.ranks.on_main(lambda: self.previewer.write(nets, step, check, write))
+                self.ranks.on_main(lambda: self.previewer.write(nets, step, write, check))
             if "evaluation" in tasks:
                 # of several ranks, none may leave a reduction alone
                 together = self.stop.check_all if self.stop else lambda: None
@@ -115,7 +118,9 @@ class PeriodicTasks:
         with nets.update_ema.whole():
             require_finite(nets.tensors(), self.accelerator, step)
             # here and not on the main process alone: ranks hand in what they have shared out
-            contents = contents_of(nets, self.tracker.state_dict())
+            names = names_by_label(self.source.classes)
+            index = ModelIndex(self.config.loss.diffusion.path, names)
+            contents = contents_of(nets, self.tracker.state_dict(), index)
             problem = self.ranks.on_main(lambda: self._try_to_write(contents, step, last, stopping))
         if problem and (last or stopping):
             raise NotSavedError(problem)
@@ -178,7 +183,7 @@ def unfinished(config: Config, step: int) -> list[str]:
         if not Checkpoints(config.run_dir).path(step).is_dir():
             return []  # a new run, or the checkpoint of another one
         path, there = config.run_dir / METRICS_FILE, set()
-        if all(file.is_file() for file in picture_files(config.run_dir, step)):
+        if is_drawn(config.run_dir, step):
             there.add("preview")
         rows = [row for row in read_metrics(path) if row["step"] == step] if path.is_file() else []
         if any(name.startswith("eval/") for row in rows for name in row):

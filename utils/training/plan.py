@@ -19,7 +19,6 @@ from torch import Tensor
 from models.encoders import load_encoder
 from models.errors import UserError
 from models.lpips import load_lpips
-from models.sit import SiT
 from models.vae import build_vae, load_vae, vae_from_config, vae_weight_file
 from models.vae_keys import to_diffusers
 from models.weights import CONFIG, WEIGHTS, read_config, read_state, require_match, short
@@ -35,7 +34,7 @@ from utils.cli import check_output_folder
 from utils.config.load import recorded_config, to_yaml
 from utils.config.resuming import change_line, require_resumable
 from utils.config.schema import Config, all_settings, per_rank_batch
-from utils.data.base import Source, cautions, describe
+from utils.data.base import Source, cautions
 from utils.data.latents import CachedSource, LatentCache
 from utils.data.registry import source_class
 from utils.data.training import join_cache, open_training_data
@@ -44,10 +43,11 @@ from utils.files import format_bytes
 from utils.precision import emulation_note
 from utils.run_lock import check_unlocked
 from utils.sealed import read_state_json
+from utils.showing.summary import describe_run, print_block
 from utils.training.networks import (
     Networks,
     build_disc,
-    count,
+    load_perceptual,
     skeleton,
     uses_disc_weights,
     vae_spec,
@@ -123,14 +123,15 @@ def check_run(c: Config, ranks: int, *, assume_data: bool = False, read_all: boo
 
 def open_checked(c: Config) -> tuple[Source, Source]:
     """`source` and `training_set` of a run's `Plan`, on every rank. The main process makes the
-    checks; its `UserError` ends all ranks."""
+    checks; its `UserError` ends all ranks. It says what the run will be, and what is to be known
+    of it."""
     ranks, plans = Ranks(), []
     ranks.on_main(lambda: plans.append(check_run(c, ranks.world)))
     source = plans[0].source if plans else open_training_data(c)
     training_set = plans[0].training_set if plans else join_cache(c, source)
     assert source is not None and training_set is not None
-    ranks.print(describe(source))
     for plan in plans:
+        print_block(describe_run(c, plan, ranks.world))
         for note in plan.notes:
             ranks.print(f"note: {note}")
     return source, training_set
@@ -195,14 +196,19 @@ def weight_checks(c: Config, origin: Path | None) -> Iterator[tuple[str, Callabl
             yield "encoder", partial(load_encoder, name, file, c.data.resolution, c.encoder_grid)
     if c.loss.reg.lpips and c.vae.train and c.loss.reg.lpips_weights:
         yield "lpips", partial(load_lpips, c.loss.reg.lpips_weights)
+    if c.vae.train and c.loss.reg.perceptual and "@" in (c.loss.reg.perceptual_net or ""):
+        yield "perceptual", partial(load_perceptual, c)
     if c.uses_disc and uses_disc_weights(c, origin):
         yield "disc", partial(build_disc, c, c.disc.weights)
 
 
 def unread_files(c: Config) -> list[str]:
     """Settings that name a file for something that this run leaves out."""
+    reg = c.loss.reg
     read = {
         "encoder.weights": c.uses_encoder and not c.encoder.cached,
+        "loss.reg.perceptual_net": "@" not in str(reg.perceptual_net)
+        or (reg.perceptual > 0 and c.vae.train),
         "loss.reg.lpips_weights": c.loss.reg.lpips > 0 and c.vae.train,
         "disc.weights": c.uses_disc,
         "eval.weights": c.eval.every > 0,
@@ -325,46 +331,11 @@ def print_plan(c: Config) -> None:
     plan = check_run(c, ranks, assume_data=True)
     check_unlocked(c.run_dir)  # the run itself takes the lock
     print(to_yaml(c))
-    for name, value in describe_run(c, plan, ranks).items():
-        print(f"{name:>16}: {value}")
+    predicted = "predicted by scripts/benchmark.py --predict h100 with the same arguments"
+    print_block(describe_run(c, plan, ranks) | {"time, memory": predicted})
     for note in plan.notes:
         print(f"note: {note}")
-    print(
-        "  time, memory : predicted by scripts/benchmark.py --predict h100 with the same arguments"
-    )
     if note := emulation_note(c.run.precision, default_device()):
         print(f"note: run.precision={c.run.precision}: {note}")
     if warning := ema_warning(c):
         print(f"warning: {warning[1]}")
-
-
-def describe_run(c: Config, plan: Plan, ranks: int) -> dict[str, str]:
-    """Data, batch, steps, shapes and parameters of a run on `ranks` ranks."""
-    nets, source = plan.nets, plan.source
-    classes = nets.sit.config.num_classes
-    data = describe(source) if source else f"none at {c.data.path}; {classes} classes are assumed"
-    epoch = f"{len(source) // c.run.batch_size:,}" if source else "unknown"
-    start = plan.start
-    vae = f"that of {start.origin}" if start.origin else f"{c.vae.name}, weights: {c.vae.weights}"
-    begins = f"{start.checkpoint}, step {start.step:,}" if start.checkpoint else "a new run"
-    return {
-        "global batch": f"{c.run.batch_size} = {plan.rank_batch // c.run.accumulation} per rank x "
-        f"{ranks} rank(s) x {c.run.accumulation} micro-batch(es)",
-        "data": data,
-        "steps per epoch": epoch,
-        "steps": f"{c.run.steps:,} ({c.run.steps * c.run.batch_size:,} images)",
-        "begins with": begins,
-        "VAE": vae,
-        "latents": "x".join(map(str, nets.vae.latent_shape(c.data.resolution))),
-        "tokens": f"{nets.sit.grid}x{nets.sit.grid} = {nets.sit.grid**2}",
-        "encoders": ", ".join(c.encoder.names) if c.uses_encoder else "none",
-        "parameters": parameters(nets.vae, nets.sit, nets.disc),
-        "trained": ", ".join(["VAE"] * c.vae.train + ["SiT"] + ["discriminator"] * c.uses_disc),
-    }
-
-
-def parameters(vae: nn.Module, sit: SiT, disc: nn.Module | None) -> str:
-    """Number of parameters of each network, in words."""
-    projectors = count(sit.projectors)
-    text = f"SiT {count(sit) - projectors:,} + projectors {projectors:,}, VAE {count(vae):,}"
-    return text + (f", discriminator {count(disc):,}" if disc else "")

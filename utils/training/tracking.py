@@ -1,6 +1,6 @@
 """Metrics of a run: summed on the device, reduced over ranks and read once every so many steps.
 
-`metrics.jsonl` is always written; tensorboard or wandb get the same numbers through accelerate.
+`metrics.jsonl` is always written; tensorboard and wandb get the same numbers, and the pictures.
 """
 
 from __future__ import annotations
@@ -11,25 +11,28 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL.Image import Image
 from tqdm import tqdm
 
 from models.errors import UserError
 from utils.checkpoint import UNUSED_CONFIG, Checkpoints, read_averages
-from utils.config.load import CONFIG_FILE, flat, to_yaml
+from utils.config.load import CONFIG_FILE, to_yaml
 from utils.config.schema import Config
-from utils.files import reason, sync, write_atomically, write_json
+from utils.files import append_json, read_json_lines, reason, sync, write_atomically, write_json
+from utils.pictures.grid import save_picture
+from utils.pictures.preview import later_pictures
 from utils.process.ending import say
 from utils.run_lock import RunLock
+from utils.showing.trackers import Trackers
 from utils.training.networks import Networks
 from utils.training.nonfinite import NonFiniteError, Warnings, check_skipped
-from utils.training.preview import later_pictures
+from utils.training.sessions import SESSIONS_FILE, record_rollback, record_start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,8 +60,9 @@ class Tolerance:
             yield
         except errors as error:
             if what not in self.told:
-                why = reason(error) if isinstance(error, OSError) else f"{error}"
-                say(f"warning: {what} not written ({why}); the run goes on without")
+                text = reason(error) if isinstance(error, OSError) else str(error)
+                why = " ".join(text.split()) or type(error).__name__
+                say(f"warning: {what} not written ({why}); the run does without")
             self.told.add(what)
 
 
@@ -85,6 +89,7 @@ class Tracker:
         self.accelerator, self.path = accelerator, run_dir / METRICS_FILE
         self.batch_size, self.guarded, self.status = batch_size, guarded, status
         self.warnings, self.tolerance = warnings, tolerance or Tolerance()
+        self.trackers = Trackers(accelerator, self.tolerance.of)
         self._clear()
 
     def _clear(self) -> None:
@@ -165,13 +170,16 @@ class Tracker:
             return
         # JSON has no infinity: the gradient norm of a step that fp16 skipped becomes null
         clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        line = json.dumps({"step": step} | clean).encode() + b"\n"
-        with self.tolerance.of(f"line of {self.path}"), self.path.open("ab+") as file:
-            if file.tell() and (file.seek(-1, 2), file.read())[1] != b"\n":
-                line = b"\n" + line  # a full disk has cut the last one
-            file.write(line)
-        with self.tolerance.of("line of the trackers", Exception):
-            self.accelerator.log(row, step=step)
+        with self.tolerance.of(f"line of {self.path}"):
+            append_json(self.path, {"step": step} | clean)
+        self.trackers.log(row, step)
+
+    def write_picture(self, path: Path, picture: Image, what: str, step: int) -> None:
+        """A PNG in the run's folder, which the trackers get as well, on the main process; `what` it
+        shows after `step` steps."""
+        with self.tolerance.of("pictures"):
+            save_picture(path, picture)
+        self.trackers.log_picture(what, picture, step)
 
     def sync(self) -> None:
         """Make all lines durable, before a checkpoint that counts on them."""
@@ -206,6 +214,9 @@ class Tracker:
         """Go back to what `checkpoint`, after `step` steps, knew; drop lines of later steps."""
         self.load_state_dict(read_averages(checkpoint))
         self.rewind(step)
+        if self.accelerator.is_main_process:
+            with self.tolerance.of(f"line of {SESSIONS_FILE}"):
+                record_rollback(self.path.parent, step)
 
     def check(self) -> None:
         """Raise `NonFiniteError` as `flush` would now; nothing is written."""
@@ -237,8 +248,7 @@ def _step_of(line: bytes) -> float:
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """All whole lines of a metrics.jsonl."""
-    lines = Path(path).read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines if _step_of(line) < math.inf]
+    return [row for row in read_json_lines(Path(path)) if isinstance(row.get("step"), int | float)]
 
 
 def start(
@@ -266,6 +276,7 @@ def start(
             if latent_stats:
                 write_json(config.run_dir / "latent_stats.json", latent_stats)
             tracker.rewind(first)
+            record_start(config.run_dir, accelerator, first, checkpoint)
         except OSError as error:
             raise UserError(
                 f"cannot write in {config.run_dir} ({reason(error)}): make room, or choose another "
@@ -275,17 +286,15 @@ def start(
         tracker.load_state_dict(read_averages(checkpoint))
     if tracker.warnings:
         tracker.warnings.look_ahead(tracker.warn)
-    if config.run.trackers:
-        settings = {name: str(value) for name, value in flat(asdict(config)).items()}
-        # curves of later steps are those of a killed run
-        options = {"wandb": {"name": config.run.name}, "tensorboard": {"purge_step": first + 1}}
-        accelerator.init_trackers("repa-e", settings, options)
+    tracker.trackers.open(config, first)
     return tracker
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Close the trackers."""
-    with Tolerance().of("last lines of the trackers", Exception):
+    """Close the trackers, and leave the group of ranks."""
+    tolerance = Tolerance()
+    Trackers(accelerator, tolerance.of).finish()
+    with tolerance.of("last lines of the trackers", Exception):
         accelerator.end_training()
 
 
@@ -322,22 +331,3 @@ def _record(config: Config, first: int, goes_on: bool = True) -> None:
         write_atomically(old, before)
         print(f"the config has changed: the old one is kept as {old.name}")
     write_atomically(path, text)
-
-
-def progress_bar(first: int, steps: int, accelerator: Accelerator) -> tqdm:
-    """Steps, steps/s and the time left; rare updates where the output is a log file."""
-    interval = 0.5 if sys.stderr.isatty() else 15
-    hidden = not accelerator.is_main_process
-    return tqdm(initial=first, total=steps, disable=hidden, mininterval=interval, unit="step")
-
-
-def show(bar: tqdm, row: dict[str, float], batch_size: int) -> None:
-    """Throughput, the share of the time that was spent waiting for data, and the SiT's losses
-    beside the progress bar. `batch_size`: images of one step, on all ranks."""
-    if not row:
-        return
-    rate = row["images_per_second"]
-    waiting = row["seconds_waiting_for_data"] * rate / batch_size
-    speed = {"images/s": f"{rate:.1f}", "waiting": f"{waiting:.0%}"}
-    losses = {k.rsplit("/", 1)[1]: f"{v:.3f}" for k, v in row.items() if k.startswith("loss/sit/")}
-    bar.set_postfix(speed | losses, refresh=False)

@@ -46,7 +46,7 @@ def test_a_saved_config_loads_as_the_same(tmp_path):
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert load_config([tmp_path / "c.yaml"]) == read_saved_config(tmp_path / "c.yaml") == config
     saved = yaml.safe_load((tmp_path / "c.yaml").read_text())  # as any YAML library reads it
-    assert saved["vae"]["weights"] is None and saved["vae"]["optim"]["lr"] == 1e-3
+    assert saved["vae"]["weights"] is None and saved["vae"]["optim"]["lr"] == 2e-3
 
 
 def test_a_renamed_setting_is_refused_with_its_new_name_and_read_from_an_old_run(tmp_path):
@@ -193,6 +193,7 @@ PATHS = {
     "disc.weights": "{}",
     "encoder.weights": "['{}']",
     "loss.reg.lpips_weights": "{}",
+    "loss.reg.perceptual_net": "timm:resnet@{}",
     "eval.reference": "folder:{}@256",
     "eval.weights": "{}",
     "eval.features": "timm:resnet@{}",

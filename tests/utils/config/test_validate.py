@@ -89,6 +89,18 @@ def test_an_invalid_setting_is_named_with_its_value_and_what_to_change(overrides
     assert "\n" not in str(caught.value)
 
 
+def test_an_origin_that_is_a_run_or_a_pipeline_is_told_from_a_checkpoint(tmp_path):
+    newest = tmp_path / "exps/a/checkpoints/0000004"
+    newest.mkdir(parents=True)
+    (tmp_path / "pipeline/sit_ema").mkdir(parents=True)
+    for origin, words in {
+        newest.parents[1]: f"that is a run, name one of its checkpoints, e.g. {newest}",
+        tmp_path / "pipeline": "an exported pipeline has no raw weights to train on",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            load_config([], [f"run.init_from={origin}"])
+
+
 def test_what_is_not_used_is_not_checked():
     """A guidance scale without previews, and an alignment depth without alignment."""
     load_config([], ["sit.class_dropout_prob=0", "preview.every=0", "preview.cfg_scale=2"])

@@ -31,16 +31,16 @@ def one_line(error) -> str:
 
 
 def test_unknown_source_and_missing_paths(tmp_path):
-    with pytest.raises(UserError, match="'imagenet': expected one of digits, folder, packed") as e:
+    with pytest.raises(UserError, match="=imagenet: expected one of digits, folder, packed") as e:
         open_source("imagenet")
     one_line(e)
     with pytest.raises(UserError, match=r"needs data\.path"):
         open_source("folder")
     with pytest.raises(UserError, match="none: no such folder"):
         open_source("packed", tmp_path / "none")
-    with pytest.raises(UserError, match=r"split 'train' of .*: expected one of all"):
+    with pytest.raises(UserError, match=r"data\.split=train: the source folder has all"):
         open_source("folder", tmp_path, split="train")
-    with pytest.raises(UserError, match="expected one of all, train, test"):
+    with pytest.raises(UserError, match="has all, train, test"):
         open_source("digits", split="val")
 
 
@@ -268,9 +268,9 @@ def test_packed_reads_every_row_of_every_shard(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "resolution", "message"),
     [
-        ({"crop_version": "old"}, 8, f"crop version old, but {CROP_VERSION} is asked for; pack"),
-        ({}, 16, "resolution 8, but 16 is asked for; pack again"),
-        ({"format": "x"}, 8, "format 'x', expected"),
+        ({"crop_version": "old"}, 8, f"crop version old, expected {CROP_VERSION}; pack"),
+        ({}, 16, "resolution 8, but data.resolution=16 is asked for; give data.resolution=8"),
+        ({"format": "x"}, 8, "format x, expected"),
         ({"shards": [3, 9, 2], "num_images": 14}, 8, "shard-00001.npy holds .*expected"),
     ],
 )

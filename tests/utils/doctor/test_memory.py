@@ -31,6 +31,7 @@ def checked(monkeypatch):
     """Check 64 images of a rank against so many bytes => (status, text)."""
     monkeypatch.setattr(settings, "estimate", lambda c, *_: PLANTED[c.run.checkpointing])
     monkeypatch.setattr(settings, "skeleton", lambda *_: None)
+    monkeypatch.setattr(memory, "gpu_names", lambda: ["GPU"])
     nets = SimpleNamespace(sit=SimpleNamespace(config=SimpleNamespace(num_classes=10)))
 
     def run(available: int | None, *overrides: str) -> tuple[str, str]:
@@ -70,4 +71,20 @@ def test_what_just_fits_is_a_warning_and_says_what_more_micro_batches_save(check
     halved = format_bytes(needed("none", 2))
     assert status == "warn" and f"run.accumulation=2 {halved}" in text
     assert checked(2 * need)[0] == "ok"
-    assert f"run.accumulation=2 {halved}" in checked(None)[1]  # no GPU here
+    assert f"run.accumulation=2 {halved}" in checked(None)[1]  # its memory is unknown
+
+
+def test_on_a_cpu_memory_is_ram_and_the_time_of_a_step_is_told(monkeypatch):
+    operations = [SimpleNamespace(op=SimpleNamespace(flops=10**9))] * 64
+    monkeypatch.setattr(memory, "extrapolated", lambda found, images: operations[:images])
+    monkeypatch.setattr(memory, "matmul_peak", lambda *_: {"fp32": 0.064})  # TFLOP/s
+    monkeypatch.setattr(memory, "gpu_names", list)
+    monkeypatch.setattr(settings, "estimate", lambda c, *_: PLANTED["none"])
+    nets = SimpleNamespace(sit=SimpleNamespace(config=SimpleNamespace(num_classes=10)))
+    for settings_of_run in ((), ("run.accumulation=4",)):
+        config = tiny_config("run.batch_size=64", "run.steps=1800", *settings_of_run)
+        found = list(memory.check_memory(config, nets, 1, 64, None, None))
+        (_, ram, _), (status, time, name) = found
+        assert "RAM" in ram and "GPU" not in ram + time
+        assert (status, name) == ("ok", "time")
+        assert "roughly 2 s a step" in time and "60 minutes for 1,800 steps" in time

@@ -13,10 +13,9 @@ from utils.evaluation.image_sets import (
     open_images,
     read_ahead,
     record_beside,
-    sampling_settings,
     subset,
 )
-from utils.evaluation.options import is_source
+from utils.evaluation.options import is_source, sampling_settings
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from models.errors import UserError
+from models.weights import WeightFile
 from tests.random_inception import textures
 from utils.evaluation.networks import ADMInception, _dinov2, hub_pos_embed, load_features
 from utils.evaluation.options import PUBLISHED, parse_features
@@ -77,6 +78,17 @@ def test_missing_weights_name_file_url_and_hash(tmp_path):
             load_features(family)
         for part in (*published.values(), str(tmp_path), "--weights", "--download"):
             assert part in str(error.value)
+
+
+def test_a_download_that_fails_is_not_proposed_again(monkeypatch):
+    def refuse(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(WeightFile, "_download", refuse)
+    for spec in (*PUBLISHED, "timm:resnet10t"):
+        with pytest.raises(UserError, match="no network") as error:
+            load_features(spec, download=True)
+        assert "--download" not in str(error.value) and "FILE" in str(error.value)
 
 
 def test_other_weights_are_refused_before_they_are_unpickled(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ python -m pytest tests/utils/paper/test_measured.py
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,9 @@ def cells(text: str, name: str) -> list[list[str]]:
 def test_the_full_protocol_stands_beside_the_published_numbers(measured):
     text = shown(measured())
     published, same, other, why = cells(text, "7/init-400k")[0]
-    assert published == "4.07 / 4.6 / 161.8 / 0.76 / 0.62"
-    assert (same, other, why) == ("4.11 / 4.5 / 160.2 / 0.75 / 0.61", "", "")
+    # zeros stay: 4.60 is not 4.6
+    assert published == "4.07 / 4.60 / 161.8 / 0.76 / 0.62"
+    assert (same, other, why) == ("4.11 / 4.50 / 160.2 / 0.75 / 0.61", "", "")
     assert "Not comparable" not in text
     assert cells(text, "7/init-200k")[0][1:] == ["", "", ""]
     assert "arXiv 2504.10483v3" in text and "Confidence A" in text
@@ -58,7 +60,7 @@ DIFFERENT = {
 def test_each_difference_is_said_in_a_column_of_its_own(said, measured):
     folder = measured(**DIFFERENT[said])
     _, same, other, why = cells(shown(folder), "7/init-400k")[0]
-    assert (same, other) == ("", "4.11 / 4.5 / 160.2 / 0.75 / 0.61")
+    assert (same, other) == ("", "4.11 / 4.50 / 160.2 / 0.75 / 0.61")
     assert sorted(why.split("; ")) == sorted(said.split("; "))
 
 
@@ -138,3 +140,10 @@ def test_the_quickstart_is_of_no_row():
     record = {"samples": {"record": {"checkpoint": "exps/quickstart/checkpoints/0000360"}}}
     found = [Measured(Path("e.json"), record)]
     assert not any(measured_of(row, found) for row in ROWS.values())
+
+
+def test_a_bar_in_a_text_does_not_end_its_cell(measured):
+    text = shown(measured(settings={"solver": "a|b"}))
+    assert "solver a\\|b, not sde" in text
+    row = next(line for line in text.splitlines() if line.startswith("| 7/init-400k |"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 6

@@ -142,6 +142,12 @@ def test_published_numbers_are_those_of_the_paper():
     assert "Misprint" in TABLES["1"].note
 
 
+def test_numbers_keep_the_zeros_with_which_they_are_printed():
+    assert tables.numbers(ROWS["8/sit-sdvae"].metrics) == "17.20"
+    assert tables.numbers(ROWS["6/no-stop-grad"].metrics) == "444.1 / 460.3 / 1.49 / 0.00 / 0.00"
+    assert tables.numbers([4.7, None, 160.04, 0.6]) == "4.70 / - / 160.0 / 0.60"
+
+
 def test_a_row_that_two_tables_print_is_the_same_row():
     for name in ("1/repae-80ep", "11/repae"):
         row, other = ROWS[name], ROWS["7/init-400k"]

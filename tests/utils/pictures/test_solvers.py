@@ -10,6 +10,7 @@ import torch
 
 from models.errors import UserError
 from models.sit import SiT
+from models.vae import build_vae
 from scripts import plot_solvers
 from utils.pictures import solvers
 
@@ -36,6 +37,7 @@ def test_the_script_draws_both_panels(few_steps, tmp_path, monkeypatch, capsys):
     for p in sit.parameters():
         torch.nn.init.normal_(p, std=0.2)
     sit.save_pretrained(tmp_path / "0000004" / "sit_ema")
+    build_vae("tiny-f2d4").save(tmp_path / "0000004" / "vae")
     words = ["--checkpoint", tmp_path / "0000004", "--out", tmp_path / "new" / "a.png"]
     words += ["--num", 2, "--cfg-scale", 2, "--guidance-high", 0.7]
     monkeypatch.setattr(sys, "argv", ["plot_solvers.py", *map(str, words)])

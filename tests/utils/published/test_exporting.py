@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from utils.data import latent_stats
 from utils.data.registry import open_source
 from utils.published import exporting
 from utils.published.exporting import export_vae, upload
+from utils.sealed import STATE, seal_checkpoint
 
 PLAIN_DIFFUSERS = """
 import sys
@@ -132,6 +134,36 @@ def test_measuring_does_not_depend_on_the_batch(monkeypatch):
     torch.testing.assert_close(mean.float(), again[0].float(), atol=1e-5, rtol=0)
     torch.testing.assert_close(std.float(), again[1].float(), atol=1e-5, rtol=0)
     assert not torch.equal(mean, latent_stats.measure_latents(vae, source, 70, seed=4)[0])
+
+
+def test_a_run_is_exported_by_its_name_and_nothing_says_where_it_was(tmp_path):
+    folder = checkpoint(tmp_path / "run", "tiny-f8d4")
+    export_vae(tmp_path / "run", tmp_path / "newest")
+    assert "step 1200" in (tmp_path / "newest/README.md").read_text()
+    config = folder / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": "/home/me"}))
+    export_vae(folder / "vae", tmp_path / "out")
+    for file in ("README.md", "config.json"):
+        text = (tmp_path / "out" / file).read_text()
+        assert "/home/me" not in text and str(tmp_path) not in text
+
+
+def test_a_download_without_the_optimizers_is_exported(tmp_path):
+    """Of a repository of the hub only what is needed is here; what is here is still vouched for."""
+    folder, copy = checkpoint(tmp_path / "run", "tiny-f8d4"), tmp_path / "copy"
+
+    def with_moments(draft: Path) -> None:
+        shutil.copytree(folder, draft, dirs_exist_ok=True)
+        (draft / STATE).unlink()
+        (draft / "optim.pt").write_text("moments")
+
+    seal_checkpoint(copy, 7, with_moments, {})
+    (copy / "optim.pt").unlink()
+    export_vae(copy, tmp_path / "out")
+    weights = copy / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"vae/diffusion_pytorch_model.safetensors is damaged"):
+        export_vae(copy, tmp_path / "other")
 
 
 def test_an_export_can_be_exported_again(exports, tmp_path):

@@ -29,6 +29,7 @@ from tests.published_files import (
 )
 from utils.checkpoint import DISCRIMINATOR, SIT, SIT_EMA, STATE, VAE_FOLDER, find_fault
 from utils.published.importing import import_published
+from utils.sealed import MODEL_INDEX
 
 
 def state_of(out: Path) -> dict:
@@ -50,7 +51,7 @@ def test_a_training_checkpoint_is_a_whole_checkpoint_of_ours(joint):
     assert len(state["source"]["sha256"]) == 64 and state["optimizer_state"] is None
     assert state["source"]["args"]["enc_type"] == "dinov2-vit-b"
     names = {p.name for p in joint[1].iterdir()}
-    assert names == {VAE_FOLDER, SIT, SIT_EMA, DISCRIMINATOR, STATE}
+    assert names == {VAE_FOLDER, SIT, SIT_EMA, DISCRIMINATOR, STATE, MODEL_INDEX}
     disc = load_file(joint[1] / DISCRIMINATOR)
     assert disc.keys() == disc_state().keys() and disc["main.9.running_var"].shape == (64,)
     assert not list(joint[1].parent.glob(".t*"))

@@ -64,6 +64,38 @@ def test_the_card_of_a_run(tmp_path):
     assert len(example.splitlines()) == 3
 
 
+ORIGINS = {  # settings of a run: licence, whether a base model is named
+    "vae.name=sdvae vae.weights=hub": ("as-starting-vae", True),
+    "vae.name=sdvae vae.weights=/home/me/vae": ("as-starting-vae", True),
+    "vae.name=sdvae": ("mit", False),
+    "vae.name=tiny-f8d4 vae.weights=hub": ("mit", False),
+    "vae.name=tiny-f8d4 run.init_from=/home/me/a": ("as-its-origin", False),
+    "vae.name=/home/me/vae vae.weights=hub": ("as-its-origin", False),
+}
+
+
+@pytest.mark.parametrize("words", ORIGINS)
+def test_the_licence_is_that_of_what_the_vae_goes_back_to(words):
+    """Of a VAE from random weights, no starting VAE is claimed; no folder of a machine is told."""
+    settings = dict(word.split("=") for word in words.split())
+    text = card({"step": 4}, settings | {"loss.reg": {"net": "resnet18@/home/me/judge.pt"}})
+    front = yaml.safe_load(text.split("---\n", 2)[1])
+    licence, has_base = ORIGINS[words]
+    assert front.get("license_name", front["license"]) == licence
+    assert ("base_model" in front) == has_base == ("starting VAE" in text)
+    assert "/home/me" not in text and "net resnet18@judge.pt" in text
+
+
+def test_the_numbers_of_a_card_name_no_folder(tmp_path):
+    record = {"samples": {"name": "folder:/home/me/val@256, 9 of 10 evenly spaced"}, "n": 9}
+    record |= {"vae": {"spec": "exps/me/checkpoints/0400000"}, "metrics": {"SSIM": -0.00001}}
+    record |= {"features": {"label": "timm:vit/16@/home/me/vit.pt"}}
+    record = read_evaluation(evaluation(tmp_path / "e.json", **record))
+    text = card({}, {}, record)
+    assert "folder:val@256" in text and "as `0400000`" in text and "timm:vit/16@vit.pt" in text
+    assert "| SSIM-9 | 0.0000 |" in text and "/home/me" not in text
+
+
 def test_a_config_that_cannot_be_read_is_left_out_with_a_word(tmp_path, capsys):
     folder = checkpoint(tmp_path / "run", "tiny-f8d4")
     (tmp_path / "run/config.yaml").write_text("of: another program\n")

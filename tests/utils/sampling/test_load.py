@@ -112,10 +112,13 @@ def test_what_is_no_checkpoint_is_named_and_the_right_one_with_it(checkpoint, tm
 
     Checkpoints(run).save(7, write, {})
     newest = run / "checkpoints" / "0000007"
-    for name in (run, run / "checkpoints", newest / "sit_ema"):
-        assert sample(name, tmp_path / "o.npz") == 2
-        assert str(newest) in capsys.readouterr().err
+    assert sample(newest / "sit_ema", tmp_path / "o.npz") == 2
+    assert f"name the folder around it, {newest}" in capsys.readouterr().err
     assert sample(newest, tmp_path / "o.npz") == 0
+    capsys.readouterr()
+    for name in (run, run / "checkpoints"):
+        assert sample(name, tmp_path / "o.npz") == 0
+        assert "nothing to do" in capsys.readouterr().out  # these are the same samples
 
 
 PLANS = {"empty": "", "a list": "[]", "a text": '"x"', "a number": "1", "deep": "[" * 99_999,

@@ -14,7 +14,13 @@ import pytest
 from models.errors import UserError
 from utils import cli, samplers
 from utils.config.schema import EvalConfig, PreviewConfig
-from utils.sampling.settings import DEFAULT, SamplingSettings, describe_presets, flag_of
+from utils.sampling.settings import (
+    DEFAULT,
+    SamplingSettings,
+    describe_presets,
+    flag_fields,
+    flag_of,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -75,11 +81,11 @@ def test_every_field_is_a_flag_of_its_own_type():
     values |= {"precision": "fp32", "path": "cosine", "uint8": "truncate", "tf32": True}
     values |= {"compile": True, "batch_size": 8, "decode_batch_size": 4}
     values |= {"decode_precision": "bf16"}
-    assert values.keys() == {f.name for f in fields(SamplingSettings)}
+    assert values.keys() == {f.name for f in flag_fields()}
     words = []
     for name, value in values.items():
         words += [flag_of(name)] if value is True else [flag_of(name), str(value)]
-    assert asdict(parse(*words)) == values
+    assert asdict(parse(*words)) == values | {"classes": ()}
 
 
 def test_speed_and_memory_are_no_part_of_the_identity():
@@ -87,7 +93,7 @@ def test_speed_and_memory_are_no_part_of_the_identity():
     others = replace(settings, batch_size=1, decode_batch_size=1)
     assert settings.that_decide_pixels() == others.that_decide_pixels()
     left_out = asdict(settings).keys() - settings.that_decide_pixels().keys()
-    assert left_out == {"batch_size", "decode_batch_size"}
+    assert left_out == {"batch_size", "decode_batch_size", "classes"}
 
 
 def test_the_configuration_knows_the_same_solvers():

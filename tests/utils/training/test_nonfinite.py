@@ -6,6 +6,7 @@ python -m pytest tests/utils/training/test_nonfinite.py
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from utils.training.nonfinite import (
     Warnings,
     check_skipped,
     ema_warning,
+    fitting_decay,
     require_finite,
     spatial_variance,
 )
@@ -485,15 +487,30 @@ def test_the_spatial_variance_of_latents():
 @pytest.mark.parametrize(
     ("settings", "warns"),
     [
-        (("ema.decay=0.9999", "run.steps=9999"), True),
-        (("ema.decay=0.9999", "run.steps=10000"), False),
-        (("ema.decay=0.9999", "run.steps=10000", "disc.pretrain_steps=1"), True),
+        (("ema.decay=0.9999", "run.steps=29955"), True),
+        (("ema.decay=0.9999", "run.steps=29956"), False),
+        (("ema.decay=0.9999", "run.steps=29956", "disc.pretrain_steps=1"), True),
         (("ema.decay=0.9999", "run.steps=4", "ema.warmup=true"), False),
         (("ema.decay=0", "run.steps=1"), False),
     ],
 )
 def test_an_ema_that_reaches_further_than_the_run(settings, warns):
     assert (ema_warning(tiny_config(*settings)) is not None) == warns
+
+
+@pytest.mark.parametrize("steps", [1, 4, 79, 300, 2000, 20_000, 200_000])
+def test_the_decay_that_is_advised_fits_the_run(steps):
+    _, words = ema_warning(tiny_config("ema.decay=0.99999", f"run.steps={steps}"))
+    (advice,) = re.findall(r"set (ema\.decay=[\d.]+),", words)
+    fits = ema_warning(tiny_config(advice, f"run.steps={steps}"))
+    assert fits is None or steps < 5  # no average of so few steps forgets the start
+    assert fitting_decay(400_000) == 0.9999  # the published pair
+
+
+def test_what_an_ema_keeps_of_a_run_that_begins_with_trained_weights(tmp_path):
+    config = tiny_config("run.steps=100", "ema.decay=0.999")
+    config.run.init_from = str(tmp_path)
+    assert f"90% of what is sampled would be left of {tmp_path}" in ema_warning(config)[1]
 
 
 @pytest.mark.slow

@@ -59,6 +59,7 @@ def test_the_networks_of_every_config_fit_together(tmp_path):
     for config in distinct.values():
         # weights that a config names are made by an earlier command
         config.encoder.weights, config.eval.every = [], 0
+        config.loss.reg.perceptual = 0
         if config.vae.weights != "hub":
             config.vae.weights = None
         plan = check_run(config, 8, assume_data=True)
@@ -75,8 +76,8 @@ SHAPES = {
     "run.batch_size=1798": "1,797 images",
     "run.accumulation=3": "multiple of 3",
     "data.num_classes=7": "the data has 10",
-    "data.split=tset": "'tset'",
-    "data.source=imagefolder": "'imagefolder'",
+    "data.split=tset": "data.split=tset: the source digits has all, train, test",
+    "data.source=imagefolder": "data.source=imagefolder: expected one of",
     "data.source=folder": "data.path",
     "encoder.names=[timm:test_resnet/x]": "stride is 'x'",
     "eval.metrics=[nope]": "nope",  # also without evaluations
@@ -245,7 +246,9 @@ def test_the_plan_counts_what_a_run_will_be_and_warns_of_a_single_class(tmp_path
     assert figures["global batch"] == "8 = 2 per rank x 2 rank(s) x 2 micro-batch(es)"
     assert figures["steps per epoch"] == "224"
     assert (figures["tokens"], figures["latents"]) == ("4x4 = 16", "4x8x8")
-    assert "1,797 images of 10 classes: 0, 1, 2" in figures["data"]
+    assert figures["images"].startswith("1,797 of 16 px") and figures["output"] == str(c.run_dir)
+    assert figures["classes"].startswith("10: 0, 1, 2") and figures["precision"] == "fp32"
+    assert figures["device"].endswith(", 2 ranks") and figures["begins with"] == "a new run"
     (tmp_path / "flat").mkdir()
     for i in range(8):
         Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "flat" / f"{i}.png")

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from utils.training.tracking import NonFiniteError, Tracker, read_metrics
+from utils.training.tracking import NonFiniteError, Tolerance, Tracker, read_metrics
 
 
 @pytest.fixture
@@ -181,6 +181,14 @@ def test_a_line_that_cannot_be_written_is_said_once_and_the_next_ones_come(track
     assert [row["step"] for row in read_metrics(tracker.path)] == [3]
 
 
+@pytest.mark.parametrize(("error", "why"), [("two\n lines", "two lines"), ("", "ValueError")])
+def test_a_failure_is_told_in_one_line_whatever_the_error_says(error, why, capsys):
+    with Tolerance().of("curves", Exception):
+        raise ValueError(error)
+    expected = f"warning: curves not written ({why}); the run does without\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_a_line_follows_one_that_a_full_disk_has_cut(tracker):
     tracker.path.write_text('{"step": 1}\n{"ste')
     tracker.write(3, {"loss/a": 1.0})
@@ -213,12 +221,13 @@ def test_a_bad_loss_is_not_forgotten_by_a_stop(accelerator, tmp_path):
 
 
 class ThreeRanks:
-    """What `Tracker` needs of accelerate, as rank 0 of three: `gather` adds the others' tensors."""
+    """What `Tracker` needs of accelerate, as rank 0 of three: `gather` adds the others' tensors. It
+    is its own tracker of curves."""
 
-    is_main_process = True
+    is_main_process, name = True, "curves"
 
     def __init__(self, *others):
-        self.others = others
+        self.others, self.trackers = others, [self]
 
     def gather(self, tensor):
         return torch.cat([tensor, *self.others])
