@@ -18,19 +18,8 @@ from utils import cli
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    add = parser.add_argument
     what = "a checkpoint, a run (its newest whole one), or OWNER/NAME[@REVISION] of the hub"
-    add("checkpoint", type=cli.file_path, metavar="CHECKPOINT", help=what)
-    what = "folder to write; must not exist, or be empty"
-    add("out", type=cli.file_path, metavar="OUT", help=what)
-    what = "record of `evaluate_fid.py --samples --out`, for the card"
-    add("--evaluation", type=cli.file_path, metavar="FILE", help=what)
-    add(
-        "--push-to-hub",
-        type=cli.hub_name,
-        metavar="ID",
-        help="also upload OUT to this repository of the hub",
-    )
+    cli.add_export_arguments(parser, what, "evaluate_fid.py --samples --out")
     return parser.parse_args(argv)
 
 

@@ -23,32 +23,13 @@ from utils.data.registry import add_source_arguments, open_source_of
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    add = parser.add_argument
-    place = "a checkpoint, a run (its newest whole one), a diffusers folder, or a hub id"
-    add("checkpoint", type=cli.file_path, metavar="CHECKPOINT", help=place)
-    add(
-        "out",
-        type=cli.file_path,
-        metavar="OUT",
-        help="folder to write; must not exist, or be empty",
-    )
+    what = "a checkpoint, a run (its newest whole one), a diffusers folder, or a hub id"
+    cli.add_export_arguments(parser, what, "evaluate_fid.py --vae --out")
     add_source_arguments(parser, required=False)
+    add = parser.add_argument
     add("--num", type=cli.positive, default=4096, metavar="N", help="images for the statistics")
-    add(
-        "--seed",
-        type=cli.number(int, at_least=0),
-        default=0,
-        metavar="N",
-        help="chooses the images",
-    )
-    what = "record of `evaluate_fid.py --vae --out`"
-    add("--evaluation", type=cli.file_path, metavar="FILE", help=what)
-    add(
-        "--push-to-hub",
-        type=cli.hub_name,
-        metavar="ID",
-        help="also upload OUT to this repository of the hub",
-    )
+    what = "chooses the images"
+    add("--seed", type=cli.not_negative, default=0, metavar="N", help=what)
     args = parser.parse_args(argv)
     if args.path and not args.data:
         raise UserError(f"--path {args.path} needs --data, which says what is there")

@@ -238,6 +238,19 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_export_arguments(parser: argparse.ArgumentParser, checkpoint: str, record: str) -> None:
+    """CHECKPOINT OUT --evaluation --push-to-hub. `checkpoint`: what the first may be; `record`: the
+    command that writes the file of --evaluation."""
+    add = parser.add_argument
+    add("checkpoint", type=file_path, metavar="CHECKPOINT", help=checkpoint)
+    what = "folder to write; must not exist, or be empty"
+    add("out", type=file_path, metavar="OUT", help=what)
+    what = f"record of `{record}`, for the card"
+    add("--evaluation", type=file_path, metavar="FILE", help=what)
+    what = "also upload OUT to this repository of the hub"
+    add("--push-to-hub", type=hub_name, metavar="ID", help=what)
+
+
 def parse_with_overrides(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     """Arguments, and in `overrides` every word that is none of them, for `load_config` to judge."""
     args, args.overrides = parser.parse_known_args(argv)
