@@ -7,7 +7,7 @@ folder.py        images in a folder, one subfolder for each class
 packed.py        raw pixels packed by scripts/prepare_data.py: the reader and the writer
 hdf5.py          the official REPA-E layout, images.h5
 toy.py           scikit-learn's digits, and noise for benchmarks
-images.py        decoding, cropping, value ranges, and saving a grid of images
+images.py        decoding, cropping, value ranges
 sampling.py      which images each step takes, and the loader that reads them
 training.py      what a run trains on: the images or their cached latents, in the order of its steps
 latents.py       latents cached by scripts/cache_latents.py: the reader and the writer

@@ -1,4 +1,4 @@
-"""Image conversions and pictures: the only place where value ranges change.
+"""Reading and converting images: the only place where value ranges change.
 
 Suffixes: `_u8` uint8 in 0..255, `_pm1` float in [-1, 1], `_01` float in [0, 1]. Tensors have the
 shape (N, 3, H, W) or (3, H, W); their memory may be channels-last.
@@ -17,7 +17,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from models.errors import UserError
-from utils.files import write_atomically
 
 CROP_VERSION = "adm-center-crop-1"  # written into packed data; change it with `center_crop`
 # What is read, whatever a file's name ends in. Of Pillow's other formats, some start a program
@@ -147,19 +146,3 @@ def pm1_to_u8(x_pm1: torch.Tensor, rule: str = "round") -> torch.Tensor:
 def pm1_to_01(x_pm1: torch.Tensor) -> torch.Tensor:
     """[-1, 1] => [0, 1]."""
     return (x_pm1 + 1) / 2
-
-
-def save_grid(path: Path, x_u8: torch.Tensor, columns: int, scale: int = 1, gap: int = 1) -> None:
-    """Write (N, 3, H, W) uint8 images as one PNG, row by row, `gap` grey pixels after each; then
-    every pixel is enlarged `scale` times."""
-    assert x_u8.dtype == torch.uint8 and x_u8.shape[1] == 3, (x_u8.dtype, x_u8.shape)
-    n, c, h, w = x_u8.shape
-    rows = -(-n // columns)
-    cells = torch.full((rows * columns, c, h + gap, w + gap), 128, dtype=torch.uint8)
-    cells[:n, :, :h, :w] = x_u8.cpu()
-    cells[n:, :, :h, :w] = 255  # missing ones are white
-    cells = cells.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)
-    picture = Image.fromarray(cells.flatten(2, 3).flatten(0, 1).numpy())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = picture.resize([side * scale for side in picture.size], Image.Resampling.NEAREST)
-    write_atomically(path, lambda file: picture.save(file, "PNG"))

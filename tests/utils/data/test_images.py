@@ -16,7 +16,6 @@ from utils.data.images import (
     pm1_to_01,
     pm1_to_u8,
     read_image,
-    save_grid,
     to_rgb,
     u8_to_pm1,
 )
@@ -91,23 +90,6 @@ def test_truncate_is_the_formula_of_the_published_samples():
 def test_unknown_rounding_rule():
     with pytest.raises(AssertionError):
         pm1_to_u8(torch.zeros(1), "ceil")
-
-
-def test_save_grid_layout(tmp_path):
-    x_u8 = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 6) * 10
-    x_u8 = x_u8.clone()
-    x_u8[1, 0, 0, 5] = 200  # red, first row, last column of image 1
-    save_grid(tmp_path / "new" / "grid.png", x_u8, columns=3, scale=2, gap=0)
-    grid = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
-    assert grid.shape == (2 * 4 * 2, 3 * 6 * 2, 3)
-    cells = [grid[r * 8 + 4, c * 12 + 4, 1] for r in range(2) for c in range(3)]
-    assert cells == [0, 10, 20, 30, 40, 255]
-    assert grid[:2, 22:24, 0].tolist() == [[200, 200], [200, 200]]
-    save_grid(tmp_path / "gap.png", x_u8, columns=3, scale=2)
-    grid = np.asarray(Image.open(tmp_path / "gap.png"))
-    assert grid.shape == (2 * 5 * 2, 3 * 7 * 2, 3)
-    assert (grid[8:10] == 128).all() and (grid[:, 12:14] == 128).all()
-    assert grid[4, 18, 1] == 10 and grid[14, 32, 1] == 255
 
 
 def saved(image: Image.Image, **options) -> io.BytesIO:
