@@ -63,6 +63,7 @@ def test_the_script_on_two_ranks_logs_saves_and_resumes(tmp_path):
     """And a checkpoint of two ranks is one that a single process goes on from."""
     done = train(tmp_path, "run.steps=2", "preview.every=2", "preview.num=8", ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "Warning" not in done.stderr, done.stderr[-2000:]
     run = tmp_path / "tiny"
     assert find_fault(run / "checkpoints" / "0000002") is None
     state = json.loads((run / "checkpoints" / "0000002" / "state.json").read_text())

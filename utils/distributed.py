@@ -13,10 +13,12 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from inspect import signature
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,7 @@ from accelerate.utils import (
     reduce,
 )
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from models.errors import UserError
 from utils.precision import allow_tf32
@@ -227,18 +230,31 @@ def start(
     then on they are equal by construction. Gradients are averaged `bucket_mb` MiB at a time."""
     allow_tf32(tf32)
     join(minutes)
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=_on_cpu(),
         mixed_precision="no",
         log_with=[*trackers] or None,  # type: ignore[arg-type]
         project_config=ProjectConfiguration(logging_dir=str(run_dir / "tensorboard")),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb
-            ),
-        ],
         dynamo_backend="no",
     )
+    # not by its argument kwargs_handlers, which takes no subclass
+    accelerator.ddp_handler = _ddp_arguments(bucket_mb)  # type: ignore[assignment]
+    return accelerator
+
+
+@dataclass
+class _SyncBuffersOnce(DistributedDataParallelKwargs):
+    """With the argument of torch 2.13 that accelerate does not know yet."""
+
+    forward_sync_buffers: bool = True
+
+
+def _ddp_arguments(bucket_mb: int) -> DistributedDataParallelKwargs:
+    """Of DDP; torch warns of its older argument where there is the new one."""
+    how: dict[str, Any] = {"gradient_as_bucket_view": True, "bucket_cap_mb": bucket_mb}
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters:
+        return _SyncBuffersOnce(forward_sync_buffers=False, **how)
+    return DistributedDataParallelKwargs(broadcast_buffers=False, **how)
 
 
 def launched_ranks() -> int:
