@@ -17,8 +17,9 @@ from pathlib import Path
 from models.errors import UserError
 from utils import cli
 from utils.evaluation import options as asked
+from utils.evaluation.images.naming import IMAGES, is_source
 from utils.evaluation.metrics import METRICS, VAE_METRICS, select_metrics
-from utils.evaluation.options import IMAGES, PR_MODES, Options
+from utils.evaluation.options import PR_MODES, Options
 from utils.files import write_json
 
 DEFAULTS = Options()
@@ -124,7 +125,7 @@ def plan(args: argparse.Namespace) -> str:
              "weights": weights, "out": args.out}  # fmt: skip
     for what, path in files.items():
         if path is not None:
-            missing = not (Path(path).exists() or what == "out" or asked.is_source(str(path)))
+            missing = not (Path(path).exists() or what == "out" or is_source(str(path)))
             lines.append(f"{what:<10} {path}{'  (no such file yet)' * missing}")
     return "\n".join([*lines, f"batch size {args.batch_size} per rank; dry run: nothing done"])
 
@@ -137,7 +138,7 @@ def check_there(args: argparse.Namespace, options: Options) -> None:
     if not there and not known:
         return
     from utils.evaluation.evaluate import check_sets, refuse_swapped
-    from utils.evaluation.image_sets import record_beside
+    from utils.evaluation.images.image_sets import record_beside
     from utils.evaluation.reference import Reference
 
     if there and known and not args.vae:
@@ -153,7 +154,7 @@ def check_there(args: argparse.Namespace, options: Options) -> None:
 
 def open_given(spec: str, args: argparse.Namespace):
     """The images that the user has given, or as many of them as --num says."""
-    from utils.evaluation.image_sets import open_images, subset
+    from utils.evaluation.images.image_sets import open_images, subset
 
     images = open_images(spec, args.resolution, args.split)
     if args.resolution not in (None, images.size[0]):

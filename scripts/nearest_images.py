@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli
-from utils.evaluation.options import IMAGES
+from utils.evaluation.images.naming import IMAGES
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     cli.answer_help(parse_args)  # before the imports below, which take seconds
 
-from utils.evaluation.image_sets import open_images
+from utils.evaluation.images.image_sets import open_images
 from utils.pictures.grid import save_grid_of_rows
 from utils.pictures.nearest import NEAREST, find_nearest, nearest_row_pictures
 

@@ -7,7 +7,7 @@ Example:
 SRC is a folder of class folders (or of images), or the official HDF5 layout (--source hdf5). Images
 are cropped as ADM does; unreadable ones are skipped and listed in OUT/skipped.txt. After an
 interruption the same command continues. Then train with data.source=packed data.path=OUT. The
-layout of OUT is described in utils/data/packed.py.
+layout of OUT is described in utils/data/sources/packed.py.
 """
 
 import argparse
@@ -42,8 +42,8 @@ if __name__ == "__main__":
     cli.answer_help(parse_args)  # before the imports below, which take seconds
 
 from utils.data.base import cautions, describe
-from utils.data.packed import finish_packing, pack, packed_folder
 from utils.data.registry import check_not_inside, open_source
+from utils.data.sources.packed import finish_packing, pack, packed_folder
 from utils.files import check_disk
 
 

@@ -23,9 +23,9 @@ from PIL import Image
 from models.errors import UserError
 from scripts import prepare_data
 from utils import cli, files
-from utils.data import packed as packed_data
 from utils.data.registry import open_source
 from utils.data.sampling import StepSampler, make_loader
+from utils.data.sources import packed as packed_data
 
 SCRIPT = Path(prepare_data.__file__)
 

@@ -3,14 +3,12 @@
 base.py          `Source`, the class that every data source extends; class numbers, broken images,
                  fingerprints of content
 registry.py      every source by its name; opening one, also from command-line arguments
-folder.py        images in a folder, one subfolder for each class
-packed.py        raw pixels packed by scripts/prepare_data.py: the reader and the writer
-hdf5.py          the official REPA-E layout, images.h5
-toy.py           scikit-learn's digits, and noise for benchmarks
 images.py        decoding, cropping, value ranges
 sampling.py      which images each step takes, and the loader that reads them
 training.py      what a run trains on: the images or their cached latents, in the order of its steps
 latents.py       latents cached by scripts/cache_latents.py: the reader and the writer
 latent_stats.py  mean and std of a VAE's latents
 sharded.py       arrays on disk in numbered shards: the resumable writer, and the reader
+
+sources/         the kinds of data: folders, packed pixels, HDF5, digits, noise
 """

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 # name of data.source: (module, class)
 SOURCES = {
-    "digits": ("utils.data.toy", "DigitsSource"),
-    "folder": ("utils.data.folder", "FolderSource"),
-    "packed": ("utils.data.packed", "PackedSource"),
-    "hdf5": ("utils.data.hdf5", "Hdf5Source"),
-    "synthetic": ("utils.data.toy", "SyntheticSource"),
+    "digits": ("utils.data.sources.toy", "DigitsSource"),
+    "folder": ("utils.data.sources.folder", "FolderSource"),
+    "packed": ("utils.data.sources.packed", "PackedSource"),
+    "hdf5": ("utils.data.sources.hdf5", "Hdf5Source"),
+    "synthetic": ("utils.data.sources.toy", "SyntheticSource"),
 }
 
 MOST_RESOLUTION = 8192  # pixels

@@ -6,9 +6,9 @@ from pathlib import Path
 from models.errors import UserError
 from utils.config.schema import Config
 from utils.data.base import Source, cautions, describe
-from utils.data.folder import FolderSource
 from utils.data.images import open_image
 from utils.data.latents import CachedSource
+from utils.data.sources.folder import FolderSource
 from utils.data.training import join_cache
 from utils.doctor.findings import Finding, check, fail, ok, warn
 from utils.training.plan import open_data

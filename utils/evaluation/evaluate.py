@@ -8,10 +8,10 @@ import torch
 from models.errors import UserError
 from models.weights import short
 from utils.distributed import Ranks
-from utils.evaluation.image_sets import ImageSet, open_images, record_beside
+from utils.evaluation.images.image_sets import ImageSet, open_images, record_beside
+from utils.evaluation.images.npz_images import npz_members
 from utils.evaluation.metrics import METRICS, Metric, Pair, select_metrics
 from utils.evaluation.networks import FeatureNet, load_network
-from utils.evaluation.npz_images import npz_members
 from utils.evaluation.options import Options, sampling_settings
 from utils.evaluation.reference import Reference
 from utils.evaluation.report import add_result, assess_comparability, new_record

@@ -19,7 +19,7 @@ from models.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from utils.evaluation.formulas import LatentStatistics
+    from utils.evaluation.formulas.pictures import LatentStatistics
     from utils.evaluation.networks import FeatureNet
 
 # samples in published tables
@@ -56,9 +56,9 @@ class Pair:
     @cached_property
     def precision_recall(self) -> tuple[float, float]:
         """Precision and recall, which are one computation."""
-        from utils.evaluation import formulas
+        from utils.evaluation.formulas.manifolds import precision_recall
 
-        return formulas.precision_recall(*self.rows(), k=PR_NEIGHBOUR, mode=self.pr_mode)
+        return precision_recall(*self.rows(), k=PR_NEIGHBOUR, mode=self.pr_mode)
 
 
 @dataclass
@@ -115,7 +115,7 @@ def select_metrics(table: Mapping, asked: tuple[str, ...] | None) -> list:
 
 def frechet(pair: Pair) -> Result:
     """Frechet distance between Gaussians fitted to the features of both sets."""
-    from utils.evaluation.statistics import frechet_between
+    from utils.evaluation.formulas.frechet import frechet_between
 
     reference, samples = pair.reference, pair.samples
     value, dim = frechet_between(reference, samples), len(samples.mean)
@@ -133,13 +133,13 @@ def frechet(pair: Pair) -> Result:
 
 def inception_score(pair: Pair) -> Result:
     """Inception Score in file order, as ADM computes it; beside it the score in random order."""
-    from utils.evaluation import formulas
+    from utils.evaluation.formulas import scores
 
     assert pair.net.fc_weight is not None  # of Inception, the only family with this metric
     rows, weight = pair.samples.rows, pair.net.fc_weight.float().cpu()
     order = np.random.Generator(np.random.PCG64(IS_SHUFFLE_SEED)).permutation(len(rows))
-    value, std = formulas.inception_score(rows, weight, split_size=IS_SPLIT)
-    shuffled, _ = formulas.inception_score(rows, weight, order, split_size=IS_SPLIT)
+    value, std = scores.inception_score(rows, weight, split_size=IS_SPLIT)
+    shuffled, _ = scores.inception_score(rows, weight, order, split_size=IS_SPLIT)
     protocol = {"inception_score": {"split_size": IS_SPLIT, "order": "file", "bias": False}}
     result = Result(value, {"std": std, "shuffled": shuffled}, protocol)
     if abs(value / shuffled - 1) > IS_ORDER_TOLERANCE:
@@ -219,7 +219,7 @@ class VaeMetric:
 
 def psnr_or_ssim(name: str, pictures: Pictures) -> Tensor:
     """The formula of that name for each image: PSNR in dB, SSIM up to 1."""
-    from utils.evaluation import formulas
+    from utils.evaluation.formulas import pictures as formulas
 
     formula = {"psnr": formulas.psnr, "ssim": formulas.ssim}[name]
     return formula(pictures.original_u8, pictures.reconstruction_u8)

@@ -1,17 +1,10 @@
 """What can be asked of the evaluator, and in which words; imports no torch, so --help is quick."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import UserError
 from utils.cli import expand_path
-from utils.data.registry import SOURCES
-
-# how to name images: `utils.evaluation.image_sets.open_images` reads these
-IMAGES = (".npz (arr_0), .npy, a folder of images, a packed folder, or SOURCE[:PATH][@RESOLUTION], "
-          "e.g. digits:test@16 or folder:DIR@256")  # fmt: skip
-SOURCE_SPEC = re.compile(rf"({'|'.join(SOURCES)})(?::(.+?))?(?:@(\d+))?")
 
 # how to name a feature network: `utils.evaluation.networks.load_features` reads these
 FEATURES = "inception, dinov2, timm:NAME[@CKPT] or pixel"
@@ -56,11 +49,6 @@ class Options:
     pr_mode: str = PR_MODES[0]
     # folder in which the statistics of reference images are kept; None = keep none
     cache: str | Path | None = "~/.cache/repa_e/statistics"
-
-
-def is_source(spec: str) -> bool:
-    """Whether a spec names a data source of training, e.g. digits:test@16, and not a file."""
-    return SOURCE_SPEC.fullmatch(spec) is not None
 
 
 def parse_features(spec: str) -> tuple[str, str, str | None]:

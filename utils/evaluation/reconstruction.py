@@ -12,13 +12,14 @@ from models.errors import UserError
 from models.vae import VAE
 from utils.data.images import pm1_to_u8, u8_to_pm1
 from utils.distributed import Ranks
-from utils.evaluation.formulas import LatentStatistics
-from utils.evaluation.image_sets import ImageSet
+from utils.evaluation.formulas.frechet import Statistics
+from utils.evaluation.formulas.pictures import LatentStatistics
+from utils.evaluation.images.image_sets import ImageSet
 from utils.evaluation.metrics import VAE_METRICS, Pair, Pictures, VaeMetric, select_metrics
 from utils.evaluation.networks import FeatureNet, load_network
 from utils.evaluation.options import Options
 from utils.evaluation.report import add_result, assess_comparability, new_record
-from utils.evaluation.statistics import Collector, Statistics, rank_batches
+from utils.evaluation.statistics import Collector, rank_batches
 from utils.precision import exact_float32
 from utils.random import generator
 

@@ -19,11 +19,12 @@ from models.errors import UserError
 from utils.cli import expand_path
 from utils.data.base import hash_lines
 from utils.distributed import Ranks
-from utils.evaluation.image_sets import ImageSet, open_images
+from utils.evaluation.formulas.frechet import Statistics
+from utils.evaluation.images.image_sets import ImageSet, open_images
+from utils.evaluation.images.npz_images import npz_members, read_array, readable
 from utils.evaluation.networks import FeatureNet
-from utils.evaluation.npz_images import npz_members, read_array, readable
 from utils.evaluation.options import Options
-from utils.evaluation.statistics import Statistics, collect
+from utils.evaluation.statistics import collect
 from utils.files import write_atomically
 
 # feature of a network: names of its mean and covariance in the .npz files of the ADM suite

@@ -6,56 +6,16 @@ of every image (a row, float32), but only where a metric or a covariance without
 """
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from utils.distributed import Ranks
-from utils.evaluation import formulas
-from utils.evaluation.formulas import Moments
-from utils.evaluation.image_sets import ImageSet, read_ahead
+from utils.evaluation.formulas.frechet import Moments, Statistics, frechet_between
+from utils.evaluation.images.image_sets import ImageSet, read_ahead
 from utils.evaluation.networks import FeatureNet
 
 HALF_SEED = 0  # of the split of a reference into two halves
-
-
-@dataclass
-class Statistics:
-    """What is kept of one feature of one set of images."""
-
-    # number of images; None = a file of statistics did not say
-    n: int | None
-    # (D,) and (D, D), float64
-    mean: np.ndarray
-    cov: np.ndarray
-    # (n, D) float32 in file order; None = not kept
-    rows: np.ndarray | None = None
-    # Frechet distance between two random halves of the set; None = not measured
-    floor: float | None = None
-
-    @property
-    def rank_deficient(self) -> bool:
-        """Whether there are too few images for a covariance of full rank."""
-        return self.n is not None and self.n - 1 < len(self.mean)
-
-    @property
-    def exact(self) -> bool:
-        """Whether the rows are to be used in place of a covariance without full rank."""
-        return self.rank_deficient and self.rows is not None
-
-    def factor(self) -> np.ndarray:
-        """(D, K) float64 whose product with its transpose is `cov`."""
-        if self.exact and self.rows is not None:
-            return formulas.centred_factor(self.rows)
-        return formulas.factor(self.cov)
-
-
-def frechet_between(a: Statistics, b: Statistics) -> float:
-    """Frechet distance; from the rows themselves where a covariance has not full rank."""
-    if a.exact or b.exact:
-        return formulas.frechet_from_factors(a.mean, a.factor(), b.mean, b.factor())
-    return formulas.frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
 
 class Collector:

@@ -26,7 +26,7 @@ from utils.data.images import pm1_to_u8, u8_to_pm1
 from utils.distributed import Ranks
 from utils.doctor.run_folder import changed_settings
 from utils.evaluation.evaluate import evaluate
-from utils.evaluation.formulas import LatentStatistics, psnr
+from utils.evaluation.formulas.pictures import LatentStatistics, psnr
 from utils.evaluation.networks import load_network
 from utils.evaluation.options import Options
 from utils.files import read_record, write_atomically, write_json

@@ -14,7 +14,7 @@ from models.vae import VAE, build_vae, load_vae
 from utils.data.base import Source
 from utils.data.images import pm1_to_u8, u8_to_pm1
 from utils.distributed import default_device
-from utils.evaluation.formulas import LatentStatistics
+from utils.evaluation.formulas.pictures import LatentStatistics
 from utils.pictures.grid import Row, name_of
 from utils.pictures.pca import Basis, fit_basis, to_rows
 from utils.sampling.locate import locate_vae_spec

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.errors import UserError
-from utils.evaluation.npz_images import ImageSet
+from utils.evaluation.images.npz_images import ImageSet
 from utils.pictures.grid import Row
 
 SIDE = 16  # pixels of a thumbnail

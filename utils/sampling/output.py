@@ -28,7 +28,7 @@ import torch
 from models.errors import UserError
 from utils.cli import check_output
 from utils.data.sharded import PLAN, ShardedFolder, plan_differences
-from utils.evaluation.npz_images import open_array_file
+from utils.evaluation.images.npz_images import open_array_file
 from utils.files import (
     files_below,
     format_bytes,

@@ -12,10 +12,10 @@ from utils.config.schema import Config
 from utils.data.base import Source
 from utils.distributed import Ranks, default_device
 from utils.evaluation.evaluate import check_network, check_possible, evaluate
-from utils.evaluation.image_sets import SourceImages
+from utils.evaluation.images.image_sets import SourceImages
+from utils.evaluation.images.npz_images import ArrayImages
 from utils.evaluation.metrics import METRICS, select_metrics
 from utils.evaluation.networks import load_features, load_network
-from utils.evaluation.npz_images import ArrayImages
 from utils.evaluation.options import Options, parse_features
 from utils.evaluation.reference import Reference
 from utils.evaluation.report import scalars

@@ -17,7 +17,6 @@ from models.errors import UserError
 from tests.utils.data.pictures import fill
 from tests.utils.data.test_sources import H5_LABELS, H5_NAMES, official_h5, pack_by_hand
 from utils.data.base import BadImages, Source, collate
-from utils.data.hdf5 import Hdf5Source
 from utils.data.images import CROP_VERSION
 from utils.data.latents import (
     CACHE_FORMAT,
@@ -31,6 +30,7 @@ from utils.data.latents import (
 from utils.data.registry import open_source
 from utils.data.sampling import StepSampler, make_loader, shared_empty
 from utils.data.sharded import ShardedRows, shard_file
+from utils.data.sources.hdf5 import Hdf5Source
 
 
 def cache_by_hand(

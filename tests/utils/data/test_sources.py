@@ -16,10 +16,10 @@ from tests.utils.data.pictures import fill, picture
 from utils.data import registry
 from utils.data.base import Names, Source
 from utils.data.images import CROP_VERSION, center_crop
-from utils.data.packed import PACKED_FORMAT
 from utils.data.registry import open_source
 from utils.data.sampling import StepSampler, make_loader
-from utils.evaluation.image_sets import open_images
+from utils.data.sources.packed import PACKED_FORMAT
+from utils.evaluation.images.image_sets import open_images
 
 
 def one_line(error) -> str:

@@ -14,7 +14,7 @@ from tests.random_inception import textures
 from tests.utils.evaluation.toy_network import toy_net
 from utils.distributed import Ranks
 from utils.evaluation.evaluate import evaluate
-from utils.evaluation.formulas import Moments, frechet_distance
+from utils.evaluation.formulas.frechet import Moments, frechet_distance
 from utils.evaluation.networks import load_features
 from utils.evaluation.options import Options
 from utils.evaluation.report import format_table, scalars

@@ -16,8 +16,8 @@ from models.errors import UserError
 from tests.utils.evaluation.toy_network import toy_net
 from utils.distributed import Ranks
 from utils.evaluation.evaluate import evaluate
-from utils.evaluation.image_sets import open_images, read_ahead
-from utils.evaluation.npz_images import open_array_file
+from utils.evaluation.images.image_sets import open_images, read_ahead
+from utils.evaluation.images.npz_images import open_array_file
 from utils.evaluation.options import Options, sampling_settings
 from utils.evaluation.reference import INCEPTION_DIMS, Reference
 

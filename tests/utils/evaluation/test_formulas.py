@@ -15,20 +15,20 @@ from skimage.metrics import structural_similarity
 from sklearn.datasets import load_digits, load_sample_images
 
 from models.errors import UserError
-from utils.evaluation.formulas import (
-    LatentStatistics,
+from utils.evaluation.formulas.frechet import (
     Moments,
     centred_factor,
     factor,
     frechet_distance,
     frechet_from_factors,
-    inception_score,
+)
+from utils.evaluation.formulas.manifolds import (
     manifold_radii,
     precision_recall,
-    psnr,
     squared_distances,
-    ssim,
 )
+from utils.evaluation.formulas.pictures import LatentStatistics, psnr, ssim
+from utils.evaluation.formulas.scores import inception_score
 
 ROOT = Path(__file__).parents[3]
 
@@ -137,7 +137,7 @@ def test_moments_of_50000_features_stay_below_2_gb():
     """By the peak of the process's own memory; ru_maxrss would count what pytest holds, too."""
     code = """
 import numpy as np, torch
-from utils.evaluation.formulas import Moments
+from utils.evaluation.formulas.frechet import Moments
 rng, moments = np.random.default_rng(0), Moments(2048)
 for _ in range(500):
     moments.add(torch.from_numpy(rng.standard_normal((100, 2048), np.float32)))

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 
 from models.errors import UserError
-from utils.evaluation.image_sets import (
+from utils.evaluation.images.image_sets import (
     open_images,
     read_ahead,
     record_beside,
     subset,
 )
-from utils.evaluation.options import is_source, sampling_settings
+from utils.evaluation.images.naming import is_source
+from utils.evaluation.options import sampling_settings
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_a_vae_metric_is_one_row(monkeypatch, tmp_path):
     """Mean absolute error, of a random VAE: as the mean over its pictures by hand."""
     from models.vae import load_vae
     from utils.data.images import pm1_to_u8, u8_to_pm1
-    from utils.evaluation.image_sets import open_images
+    from utils.evaluation.images.image_sets import open_images
     from utils.evaluation.reconstruction import evaluate_vae
 
     row = VaeMetric(

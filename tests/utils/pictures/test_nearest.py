@@ -10,7 +10,7 @@ from PIL import Image
 from models.errors import UserError
 from scripts import nearest_images
 from tests.tiny import run_here
-from utils.evaluation.image_sets import open_images
+from utils.evaluation.images.image_sets import open_images
 from utils.pictures.nearest import find_nearest
 
 

@@ -17,25 +17,25 @@ import torch
 from models.errors import UserError, what_is
 from utils.cli import SourceWords, expand_path
 from utils.data.base import Source
-from utils.data.folder import IMAGE_EXTENSIONS, natural_key
 from utils.data.images import open_image
-from utils.data.packed import PACKED_FORMAT
 from utils.data.registry import RESOLUTION, open_source, source_class
 from utils.data.sharded import META
-from utils.evaluation.npz_images import (
+from utils.data.sources.folder import IMAGE_EXTENSIONS, natural_key
+from utils.data.sources.packed import PACKED_FORMAT
+from utils.evaluation.images.naming import IMAGES, SOURCE_SPEC, is_source
+from utils.evaluation.images.npz_images import (
     ArrayImages,
     ImageSet,
     check_layout,
     open_array_file,
 )
-from utils.evaluation.options import IMAGES, SOURCE_SPEC, is_source
 from utils.files import TEXT, read_json, read_record
 
 READ_THREADS = 8  # PIL decodes outside the interpreter lock
 
 
 def open_images(spec, resolution: int | None = None, split: str = "all") -> ImageSet:
-    """Open what `options.IMAGES` says, or a uint8 array (N, H, W, 3) or tensor (N, 3, H, W); a set
+    """Open what `naming.IMAGES` says, or a uint8 array (N, H, W, 3) or tensor (N, 3, H, W); a set
     that is open already is returned.
     `resolution` and `split` are for data sources whose spec does not name them. `UserError` for
     anything that cannot be read."""

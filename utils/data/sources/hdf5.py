@@ -13,8 +13,8 @@ import torch
 
 from models.errors import UserError, convert, read_json, what_is
 from utils.data.base import Allocator, Names, Source, number_classes, printable, read_labels
-from utils.data.folder import LABELS, is_image_name
 from utils.data.images import ImageFileError, UnreadableImageError, read_image
+from utils.data.sources.folder import LABELS, is_image_name
 
 LARGEST_FILE = 2**29  # bytes of one encoded image
 TRIED = 8  # names that are looked up at the start

@@ -1,0 +1,7 @@
+"""The mathematics of the metrics: arrays in, numbers out; no files, no networks, no processes.
+
+frechet.py     means and covariances, and the Frechet distance between them
+manifolds.py   precision and recall
+scores.py      the Inception Score
+pictures.py    PSNR and SSIM of reconstructions; statistics of latents
+"""
