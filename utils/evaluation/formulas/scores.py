@@ -1,4 +1,4 @@
-"""The Inception Score, as the ADM suite has it, but with a log-softmax: zero probabilities add 0."""
+"""The Inception Score, as the ADM suite has it, with a log-softmax: zero probabilities add none."""
 
 import numpy as np
 import torch
