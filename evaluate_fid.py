@@ -2,25 +2,28 @@
 
     python evaluate_fid.py --samples samples/NAME.npz --reference VIRTUAL_imagenet256_labeled.npz
     python evaluate_fid.py --samples s.npz --reference digits:test@32 --features timm:NAME@FILE
+    python evaluate_fid.py A.npz B.npz --reference VIRTUAL_imagenet256_labeled.npz --table OUT
     python evaluate_fid.py --vae sdvae --data packed:DIR --metrics rfid,psnr,ssim,latents
 
 Runs in one process, or on several GPUs under `accelerate launch`. Weight files are checked by their
 sha256, and downloaded only with --download. What each metric is: utils/evaluation/metrics.py; how
-the numbers are named, and which are comparable to papers: utils/evaluation/report.py.
+the numbers are named, which references are taken, what is comparable to papers: docs/evaluation.md.
 """
 
 import argparse
 import os
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 from models.errors import UserError
 from utils import cli
 from utils.evaluation import options as asked
-from utils.evaluation.images.naming import IMAGES, is_source
+from utils.evaluation.images.naming import IMAGES, is_source, path_of
 from utils.evaluation.metrics import METRICS, VAE_METRICS, select_metrics
 from utils.evaluation.options import PR_MODES, Options
-from utils.files import write_json
+from utils.files import write_atomically, write_json
+from utils.process import written
 
 DEFAULTS = Options()
 
@@ -28,15 +31,21 @@ DEFAULTS = Options()
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
+    add("sets", type=cli.path, nargs="*", metavar="SAMPLES", help="as --samples; several: --table")
     add("--out", type=cli.file_path, help="write the record here as JSON")
+    table_help = "sets of samples beside each other: OUT.md, .png and .json; default: table"
+    add("--table", type=cli.file_path, nargs="?", const="table", metavar="OUT", help=table_help)
     add("--batch-size", type=cli.positive, default=DEFAULTS.batch_size, help="images per rank")
+    workers_help = "threads of each rank that read images"
+    add("--workers", type=cli.positive, default=DEFAULTS.workers, help=workers_help)
     add("--dry-run", action="store_true", help="say what would be done; reads headers alone")
     names = f"some of {','.join(METRICS)}; with --vae of {','.join(VAE_METRICS)}"
     add("--metrics", help=f"{names}; default: those that the files allow")
 
     add = parser.add_argument_group("samples against a reference").add_argument
     add("--samples", type=cli.path, help=IMAGES)
-    add("--reference", type=cli.path, help="the same, or an .npz with mu, sigma, mu_s, sigma_s")
+    add("--reference", type=cli.path, help="the same, or statistics: docs/evaluation.md")
+    add("--uncertainty", action="store_true", help="give each number a standard error")
     add("--pr-mode", choices=PR_MODES, default=DEFAULTS.pr_mode, help="precision/recall distances")
     cache_help = "folder of reference statistics, or none"
     add("--cache", type=cli.path, default=DEFAULTS.cache, help=cache_help)
@@ -65,6 +74,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--download", action="store_true", help="fetch published weights that are missing")
     args = parser.parse_args(argv)
     args.given = [name for name, v in vars(args).items() if v != parser.get_default(name)]
+    args.sets += [args.samples] if args.samples else []
+    args.samples = args.sets[0] if args.sets else None
     return args
 
 
@@ -90,25 +101,60 @@ def check_args(args: argparse.Namespace) -> None:
     """`UserError` for combinations that mean nothing."""
     if args.metrics is not None and not args.metrics.strip():
         raise UserError("--metrics '': expected names, or leave it out for the default ones")
+    if len(args.sets) > 1 and not args.table:
+        raise UserError(f"{len(args.sets)} sets of samples: add --table OUT, or give one of them")
     if bool(args.vae) == bool(args.samples):
         raise UserError("give either --samples FILE --reference FILE, or --vae SPEC --data SPEC")
     if args.vae and not args.data:
         raise UserError(f"--vae {args.vae} needs --data, the images to reconstruct: {IMAGES}")
     of_vae = ("vae", "data", "num", "lpips_weights", "vae_weights", "resolution", "split")
-    other = ("samples", "reference", "pr_mode") if args.vae else (*of_vae, "posterior", "seed")
+    of_samples = ("samples", "reference", "pr_mode", "uncertainty", "table")
+    other = of_samples if args.vae else (*of_vae, "posterior", "seed")
     if mixed := [name for name in other if name in args.given]:
         flag, mode = mixed[0].replace("_", "-"), "--vae" if args.vae else "--samples"
         raise UserError(f"--{flag} does not go with {mode}: leave one of them out")
     select_metrics(VAE_METRICS if args.vae else METRICS, read_options(args).metrics)
-    from_file = args.samples and Path(args.samples).name  # "." and "/" have no record beside them
-    record = Path(args.samples).with_suffix(".json") if from_file else None
-    if args.out and record and cli.same_place(args.out, record):
-        raise UserError(f"--out {args.out} is the samples' own record; give another name")
-    inputs = (args.samples, args.reference, args.weights, args.vae, args.data, args.lpips_weights)
-    if args.out:
-        cli.check_output("--out", args.out, inputs=inputs)
+    check_outputs(args)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """`UserError` for an output that cannot be written, or would replace what is not ours. Nothing
+    depends on the default cache: where it cannot be written, a warning says so later."""
+    outputs = [("--out", args.out, written.EVALUATION)] if args.out else []
+    outputs += [("--table", *each) for each in table_files(args.table)] if args.table else []
+    if args.out and args.table:
+        raise UserError("--out does not go with --table, whose JSON holds the record of each set")
+    for flag, out, _ in outputs:
+        from_file = (Path(each) for each in args.sets if Path(each).name)  # "." has no record
+        if any(cli.same_place(out, each.with_suffix(".json")) for each in from_file):
+            raise UserError(f"{flag} {out} is the samples' own record; give another name")
+    given = (*args.sets, args.reference, args.data)
+    networks = (args.vae, args.vae_weights, args.weights, args.lpips_weights)
+    inputs = [*map(path_of, given), *networks, asked.parse_features(args.features)[2]]
+    for flag, out, kind in outputs:
+        cli.check_output(flag, out, kind, inputs)
+    family, weights = asked.parse_features(args.features)[0], asked.PUBLISHED
+    known = args.weights or family not in weights or not args.download
+    if not known and not (weights_cache() / weights[family]["name"]).exists():
+        cli.check_output_folder("--download: torch's cache", weights_cache())
     if args.cache not in (DEFAULTS.cache, "none"):
-        cli.check_output_folder("--cache", Path(args.cache))
+        cli.check_output_folder("--cache", Path(args.cache), inputs)
+
+
+def table_files(out: Path) -> list[tuple[Path, written.Kind]]:
+    """The Markdown, the picture and the JSON of a table, and the kinds of these files."""
+    kinds = {".md": written.MARKDOWN, ".png": written.PICTURE, ".json": written.TABLE}
+    if out.suffix in (".npz", ".npy") or out.is_dir():
+        raise UserError(f"--table {out}: expected a name for the table; give samples before it")
+    name = out.stem if out.suffix in kinds else out.name
+    return [(out.with_name(name + ending), kind) for ending, kind in kinds.items()]
+
+
+def weights_cache() -> Path:
+    """The folder in which torch.hub keeps files of weights; torch need not be imported for it."""
+    above = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("TORCH_HOME") or f"{above}/torch"
+    return Path(home).expanduser() / "hub" / "checkpoints"
 
 
 def plan(args: argparse.Namespace) -> str:
@@ -121,11 +167,13 @@ def plan(args: argparse.Namespace) -> str:
     weights = checkpoint or args.weights
     if weights is None and family in asked.PUBLISHED:
         lines.append(f"weights    {asked.PUBLISHED[family]['name']} in torch's hub cache")
-    files = {"samples": args.samples, "reference": args.reference, "data": args.data,
-             "weights": weights, "out": args.out}  # fmt: skip
-    for what, path in files.items():
+    files = [*(("samples", each) for each in args.sets), ("reference", args.reference),
+             ("data", args.data), ("weights", weights), ("out", args.out),
+             ("table", args.table)]  # fmt: skip
+    for what, path in files:
         if path is not None:
-            missing = not (Path(path).exists() or what == "out" or is_source(str(path)))
+            written_here = what in ("out", "table")
+            missing = not (Path(path).exists() or written_here or is_source(str(path)))
             lines.append(f"{what:<10} {path}{'  (no such file yet)' * missing}")
     return "\n".join([*lines, f"batch size {args.batch_size} per rank; dry run: nothing done"])
 
@@ -138,18 +186,15 @@ def check_there(args: argparse.Namespace, options: Options) -> None:
     if not there and not known:
         return
     from utils.evaluation.evaluate import check_sets, refuse_swapped
-    from utils.evaluation.images.image_sets import record_beside
     from utils.evaluation.reference import Reference
 
     if there and known and not args.vae:
         refuse_swapped(args.samples, args.reference)
     images = open_given(given, args) if there else None
     target = Reference(args.reference, images.size[0] if images else 256) if known else None
-    if images and not args.vae:
-        record_beside(args.samples)
-        if known or args.reference is None:
-            family = asked.parse_features(args.features)[0]
-            check_sets(images, target, options.metrics, family)
+    if images and not args.vae and (known or args.reference is None):
+        family = asked.parse_features(args.features)[0]
+        check_sets(images, target, options.metrics, family)
 
 
 def open_given(spec: str, args: argparse.Namespace):
@@ -168,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     options = read_options(args)
     check_args(args)
     if args.dry_run:
-        check_there(args, options)
+        for each in args.sets or [None]:
+            check_there(argparse.Namespace(**vars(args) | {"samples": each}), options)
         print(plan(args))
         return
     # torch and diffusers take seconds, which --help and --dry-run need not wait for
@@ -177,20 +223,42 @@ def main(argv: list[str] | None = None) -> None:
     from utils.evaluation.report import format_table
 
     ranks = Ranks()
-    if args.vae:
-        record = run_vae(args, options, ranks)
-    else:
-        progress = progress_bars(ranks)
-        record = evaluate(args.samples, args.reference, options, ranks=ranks, progress=progress)
+    if args.table:
+        return run_table(args, options, ranks)
+    with progress_bars(ranks) as progress:
+        if args.vae:
+            record = run_vae(args, options, ranks, progress)
+        else:
+            record = evaluate(args.samples, args.reference, options, ranks=ranks, progress=progress)
     record["ranks"] = ranks.world
     ranks.print(format_table(record))
     if args.out:
         ranks.on_main(lambda: write_record(args.out, record))
 
 
-def run_vae(args: argparse.Namespace, options: Options, ranks) -> dict:
-    from models.lpips import load_lpips
+def run_table(args: argparse.Namespace, options: Options, ranks) -> None:
+    from utils.evaluation.table import evaluate_sets
+    from utils.pictures.table import save_table
+
+    with progress_bars(ranks) as progress:
+        table = evaluate_sets(args.sets, args.reference, options, ranks=ranks, progress=progress)
+    ranks.print(table.markdown())
+
+    def write() -> None:
+        (page, _), (picture, _), (record, _) = table_files(args.table)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(page, table.markdown())
+        save_table(picture, table.head(), table.lines(), table.notes())
+        write_record(record, table.as_json())
+        print(f"and {page.name}, {picture.name} beside it")
+
+    ranks.on_main(write)
+
+
+def run_vae(args: argparse.Namespace, options: Options, ranks, progress) -> dict:
+    from models.lpips import load_lpips, vgg_weight_file
     from models.vae import load_vae
+    from utils.data.content import file_sha256
     from utils.evaluation.reconstruction import evaluate_vae
     from utils.sampling.locate import locate_vae_spec
 
@@ -198,30 +266,38 @@ def run_vae(args: argparse.Namespace, options: Options, ranks) -> dict:
     images = open_given(args.data, args)
     spec = ranks.on_main(lambda: locate_vae_spec(args.vae))
     vae = ranks.main_first(lambda: load_vae(spec, args.vae_weights))
-    lpips = None
+    lpips = sha256 = None
     if any(metric.needs_lpips for metric in metrics):
         lpips = ranks.main_first(lambda: load_lpips(args.lpips_weights, args.download))
+        sha256 = file_sha256(vgg_weight_file(args.lpips_weights).fetch(False))
     record = evaluate_vae(
         vae, images, options, posterior=args.posterior, seed=args.seed, lpips_net=lpips,
-        ranks=ranks, progress=progress_bars(ranks),
+        lpips_sha256=sha256, ranks=ranks, progress=progress,
     )  # fmt: skip
     record["vae"] = {"spec": spec, "weights": args.vae_weights}
     return record
 
 
+@contextmanager
 def progress_bars(ranks):
-    """A progress bar for each pass, on the main process."""
+    """A progress bar for each pass, on the main process. It is gone before the next one begins, and
+    before anything else is printed: the table, or an error."""
     from tqdm import tqdm
 
-    def start(what: str):
-        bar = tqdm(desc=what, unit=" images", disable=not ranks.is_main, leave=False)
+    with ExitStack() as shown:
 
-        def show(done: int) -> None:
-            bar.update(done - bar.n)
+        def start(what: str):
+            shown.close()
+            bar = tqdm(desc=what, unit=" images", disable=not ranks.is_main, leave=False)
+            shown.callback(bar.close)
 
-        return show
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
 
-    return start
+            return show
+
+        yield start
 
 
 def write_record(path: Path, record: dict) -> None:

@@ -15,6 +15,7 @@ import argparse
 
 from models.errors import UserError
 from utils import cli
+from utils.process.written import SAMPLES
 from utils.sampling.settings import SamplingSettings, add_classes, check_classes
 
 NUM_SAMPLES, PER_CLASS = 50_000, 8
@@ -51,7 +52,9 @@ def check_args(args: argparse.Namespace) -> None:
         args.out = args.png.with_name(f"{args.png.name}.npz")
     if args.out is None:
         raise UserError("name what to write: --out NAME.npz, or --png DIR")
-    cli.check_output("--out", args.out, ".npz")
+    cli.check_output("--out", args.out, SAMPLES, [args.checkpoint])
+    if args.png:
+        cli.check_output_folder("--png", args.png, [args.checkpoint])
     if args.png and cli.same_place(args.png, args.out):
         raise UserError(f"--png {args.png} is --out: name another folder")
     if args.per_class and not args.classes:

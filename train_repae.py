@@ -161,7 +161,7 @@ def regularization_terms(
     if nets.perceptual:
         terms["perceptual"] = (reg.perceptual, rec.perceptual_loss(nets.perceptual, x_hat, x))
     if nets.disc and step >= reg.gan_start:
-        (logits,) = nets.disc(x_hat.float())
+        (logits,) = nets.disc(x_hat)
         terms["gan"] = (reg.gan, gan.generator_loss(logits))
     return terms
 
@@ -190,7 +190,7 @@ def discriminator_phase(
     pairs = list(zip(batches, x_hat.chunk(len(batches))))
     with only_training(trained), phase("discriminator"):
         for batch, fakes in trained.micro_batches(pairs):
-            real, fake = trained.ddp(batch.x, fakes.float())  # logits
+            real, fake = trained.ddp(batch.x, fakes)  # logits
             terms = {name: (1.0, v) for name, v in gan.discriminator_terms(real, fake).items()}
             if nets.lecam:
                 terms["lecam"] = (lecam, nets.lecam(real, fake))

@@ -1,4 +1,4 @@
-"""Objectives: values in, one unweighted float32 scalar out. The weights are applied in
+"""Objectives: values in, one unweighted scalar out, in float32 or more. The weights are applied in
 train_repae.py. Nothing here loads a network or reads a file.
 
 alignment.py       REPA: cosine similarity of SiT tokens and encoder features; their normalisation

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from models.layers.autocast import at_least_float32
+
 
 def alignment_loss(
     projected: Sequence[torch.Tensor], feats: Sequence[torch.Tensor]
@@ -21,7 +23,7 @@ def alignment_loss(
 
 def _cosine(h: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     assert h.shape == f.shape, (h.shape, f.shape)
-    h, f = F.normalize(h.float(), dim=-1), F.normalize(f.float(), dim=-1)
+    h, f = (F.normalize(at_least_float32(tokens), dim=-1) for tokens in (h, f))
     return (h * f).sum(dim=-1).mean()
 
 
@@ -31,6 +33,6 @@ def spatial_normalize(feats: torch.Tensor, alpha: float) -> torch.Tensor:
 
     It takes away what all patches of an image share and keeps how they differ.
     """
-    f = feats.float()
+    f = at_least_float32(feats)
     mean, std = f.mean(dim=1, keepdim=True), f.std(dim=1, keepdim=True)
     return (f - alpha * mean) / (std + 1e-6)

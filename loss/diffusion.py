@@ -2,7 +2,9 @@
 
 import torch
 
+from models.layers.autocast import at_least_float32
+
 
 def velocity_loss(v_hat: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Predicted and true velocity (N, C, h, w) => their mean squared error, float32."""
-    return (v_hat.float() - v.float()).square().flatten(1).mean(dim=1).mean()
+    """Predicted and true velocity (N, C, h, w) => their mean squared error."""
+    return (at_least_float32(v_hat) - v).square().flatten(1).mean(dim=1).mean()

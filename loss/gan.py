@@ -1,17 +1,20 @@
 """The adversarial losses: the VAE's side, the discriminator's side, and LeCam regularisation.
 
 Hinge GAN as in taming transformers (arXiv 2012.09841). Logits may have any shape, one number for
-each patch that is judged; a high one means "real". Each loss is a float32 scalar, unweighted.
+each patch that is judged; a high one means "real". Each loss is an unweighted scalar, in float32 or
+more.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.layers.autocast import at_least_float32
+
 
 def generator_loss(logits_fake: torch.Tensor) -> torch.Tensor:
     """The VAE's side: raise the logits of reconstructions."""
-    return -logits_fake.float().mean()
+    return -at_least_float32(logits_fake).mean()
 
 
 def discriminator_terms(
@@ -21,7 +24,7 @@ def discriminator_terms(
 
     hinge: push the logits of real images above 1 and those of reconstructions below -1.
     """
-    real, fake = logits_real.float(), logits_fake.float()
+    real, fake = at_least_float32(logits_real), at_least_float32(logits_fake)
     return {"hinge": 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())}
 
 
@@ -43,8 +46,8 @@ class LeCam(nn.Module):
 
     def forward(self, logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
         """Logits of real images and of reconstructions => scalar."""
-        above = F.relu(logits_real.float() - self.fake).square().mean()
-        below = F.relu(self.real - logits_fake.float()).square().mean()
+        above = F.relu(at_least_float32(logits_real) - self.fake).square().mean()
+        below = F.relu(self.real - at_least_float32(logits_fake)).square().mean()
         return above + below
 
     def update(self, mean_real: torch.Tensor, mean_fake: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """The terms of the VAE's own objective L_REG beside the GAN's (loss/gan.py): pixels, perceptual
 distance, KL.
 
-Each is a float32 scalar, unweighted. Images are (N, 3, H, W) in [-1, 1].
+Each is an unweighted scalar, in float32 or more. Images are (N, 3, H, W) in [-1, 1].
 """
 
 from collections.abc import Callable
@@ -9,18 +9,21 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from models.layers.autocast import at_least_float32
+
 
 def pixel_loss(x_hat: torch.Tensor, x: torch.Tensor, kind: str = "l1") -> torch.Tensor:
     """Mean over all pixel values. "l1": what the published models were trained with; "mse": what
     the paper's text says."""
     assert kind in ("l1", "mse"), kind
-    return (F.l1_loss if kind == "l1" else F.mse_loss)(x_hat.float(), x.float())
+    loss = F.l1_loss if kind == "l1" else F.mse_loss
+    return loss(at_least_float32(x_hat), at_least_float32(x))
 
 
 def kl_loss(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     """KL(N(mean, exp(logvar)) || N(0, I)) for moments (N, C, h, w): summed over the values of each
     latent, averaged over images."""
-    mean, logvar = mean.float(), logvar.float()
+    mean, logvar = at_least_float32(mean), at_least_float32(logvar)
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(dim=1).mean()
 
 
@@ -34,12 +37,14 @@ def perceptual_loss(
     it is only for reproducing them.
     """
 
+    x_hat, x = at_least_float32(x_hat), at_least_float32(x)
+
     def distance(x_hat: torch.Tensor) -> torch.Tensor:
-        return net(x_hat, x.float(), normalize=double_scaling).mean()
+        return net(x_hat, x, normalize=double_scaling).mean()
 
     if not (torch.is_grad_enabled() and x_hat.requires_grad):
-        return distance(x_hat.float())
-    return _GradientAtOnce.apply(x_hat.float(), distance)
+        return distance(x_hat)
+    return _GradientAtOnce.apply(x_hat, distance)
 
 
 class _GradientAtOnce(torch.autograd.Function):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import UserError, same_letters
+from models.layers.autocast import at_least_float32
 from models.weights import FLOATS, WeightFile, is_plain, read_plain, require_finite, short
 
 # timm, which takes seconds to import, is imported in the functions that use it
@@ -172,7 +173,7 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] => (N, T, D) patch tokens, the prefix tokens left out."""
-        x = ((x.float() + 1) / 2 - self.mean) / self.std
+        x = ((at_least_float32(x) + 1) / 2 - self.mean) / self.std
         if x.shape[-2:] != (self.side, self.side):
             size = (self.side, self.side)
             x = F.interpolate(x, size, mode="bicubic", antialias=False, align_corners=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.encoders import Encoder, encoder_weight_file, largest_grid, load_encoder
 from models.errors import UserError
+from models.layers.autocast import at_least_float32
 from models.weights import WeightFile, read_state, require_finite, require_match, short
 
 if TYPE_CHECKING:  # takes seconds to import
@@ -127,7 +128,8 @@ class PerceptualNet(nn.Module):
 
     def _stages(self, x: Tensor, normalize: bool) -> list[Tensor]:
         """Features (N, D, h, w) of each stage, of norm 1 at each position."""
-        x = x.float() if normalize else (x.float() + 1) / 2
+        x = at_least_float32(x)
+        x = x if normalize else (x + 1) / 2
         x = (x - self.encoder.mean) / self.encoder.std
         if x.shape[-2:] != (self.side, self.side):
             x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=False)

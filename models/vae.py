@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.errors import UserError, same_letters, shown, what_is
+from models.layers.autocast import at_least_float32
 from models.vae_families import FAMILIES, VAES, config_of
 from models.vae_keys import infer_config, is_compvis, to_diffusers
 from models.weights import (
@@ -76,11 +77,11 @@ class VAE(nn.Module):
         """(N, 3, H, W) in [-1, 1] => posterior with float32 mean, std (N, C, h, w), `kl()` (N,)."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-        return DiagonalGaussianDistribution(self._run_half(self.family.encode, x).float())
+        return DiagonalGaussianDistribution(at_least_float32(self._run_half(self.family.encode, x)))
 
     def decode(self, z: Tensor) -> Tensor:
         """(N, C, h, w) => (N, 3, H, W) float32 around [-1, 1], never clamped."""
-        return self._run_half(self.family.decode, z).float()
+        return at_least_float32(self._run_half(self.family.decode, z))
 
     def _run_half(self, half: Callable, x: Tensor) -> Tensor:
         if self._recompute_halves and torch.is_grad_enabled():

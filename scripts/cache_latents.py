@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.errors import UserError
 from utils import cli
-from utils.data.registry import add_source_arguments, check_not_inside, open_source_of
+from utils.data.registry import add_source_arguments, open_source_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,7 +59,8 @@ import torch
 from models.encoders import encoder_shape, encoder_weight_file, load_encoder
 from models.vae import build_vae, load_vae, vae_weight_file
 from utils.data.base import cautions, describe
-from utils.data.latents import CacheWriter, cache_rows, weights_id
+from utils.data.latent_writer import CacheWriter
+from utils.data.latents import cache_rows, weights_id
 from utils.data.sharded import ShardedFolder
 from utils.distributed import Ranks
 from utils.files import check_disk
@@ -73,8 +74,8 @@ def main() -> None:
     if note := emulation_note(args.precision, ranks.device):
         ranks.print(f"--precision {args.precision}: {note}")
         args.precision = effective_precision(args.precision, ranks.device)
-    check_not_inside("--out", args.out, args.path)
-    cli.check_output_folder("--out", args.out)
+    inputs = [args.path, args.vae, args.vae_weights, *args.encoder_weights]
+    cli.check_output_folder("--out", args.out, inputs)
     source = open_source_of(args)
     args.resolution = source.resolution  # that of packed data, if none was given
     folder = cache_folder(args, len(source))

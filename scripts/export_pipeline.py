@@ -20,7 +20,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     what = "a checkpoint, a run (its newest whole one), or OWNER/NAME[@REVISION] of the hub"
     cli.add_export_arguments(parser, what, "evaluate_fid.py --samples --out")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    cli.check_output_folder("OUT", args.out, [args.checkpoint])
+    return args
 
 
 if __name__ == "__main__":

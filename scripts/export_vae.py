@@ -31,6 +31,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     what = "chooses the images"
     add("--seed", type=cli.not_negative, default=0, metavar="N", help=what)
     args = parser.parse_args(argv)
+    cli.check_output_folder("OUT", args.out, [args.checkpoint, args.path])
     if args.path and not args.data:
         raise UserError(f"--path {args.path} needs --data, which says what is there")
     for name in ("num", "seed", "resolution", "split"):

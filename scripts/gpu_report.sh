@@ -11,6 +11,11 @@ out=$(mkdir -p "${1:?name a folder for the results}" && cd "$1" && pwd) || exit 
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 [ ! -e .venv/bin/activate ] || source .venv/bin/activate
+if [ -n "$(ls -A "$out")" ] && [ ! -e "$out/.gpu_report" ]; then # text files are written over
+    echo "$out holds other files: name a new folder" >&2
+    exit 2
+fi
+touch "$out/.gpu_report" || exit 2
 export HF_HUB_OFFLINE=1
 parts=${*:-checks eager compiled small sampling}
 xl="repae-sdvae-xl2 repae-invae-xl1"

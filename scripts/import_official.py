@@ -44,6 +44,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     time_help = "repa: t = 0 is data; sit: t = 1 is data, to be converted; auto: as the file looks"
     add("--time", choices=("auto", "repa", "sit"), default="auto", help=time_help)
     args = parser.parse_args(argv)
+    cli.check_output_folder("OUT_DIR", args.out, [args.vae])
     if args.stats and args.scaling_factor is not None:
         raise UserError("--stats and --scaling-factor exclude each other: give one")
     if args.scaling_factor is not None and not 1e-6 <= args.scaling_factor <= 1e6:

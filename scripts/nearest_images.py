@@ -13,7 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli
-from utils.evaluation.images.naming import IMAGES
+from utils.evaluation.images.naming import IMAGES, path_of
+from utils.process import written
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,7 +26,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num", type=rows, default=12, help="samples that are shown")
     add("--out", type=cli.file_path, required=True, help=".png to write")
     args = parser.parse_args(argv)
-    cli.check_output("--out", args.out, ".png", [args.samples, args.training])
+    inputs = [path_of(args.samples), path_of(args.training)]
+    cli.check_output("--out", args.out, written.PICTURE, inputs)
     return args
 
 
@@ -41,6 +43,8 @@ def main() -> None:
     args = parse_args()
     samples = open_images(args.samples)
     training = open_images(args.training, samples.size[0])
+    for what, images in (("samples", samples), ("training", training)):
+        print("; ".join([f"{what}: {images.name}, {len(images):,} images", *images.notes]))
     found = find_nearest(samples, training)
     rows = nearest_row_pictures(found, samples, training, args.num)
     save_grid_of_rows(args.out, rows, ["sample", *(["training image"] * NEAREST)])

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from loss.interpolant import PATHS
 from utils import cli
+from utils.process import written
 from utils.samplers import GUIDANCE_INTERVAL
 
 
@@ -33,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     num = cli.number(int, at_least=1, at_most=10_000)
     add("--num", type=num, default=16, help="latents of the checkpoint")
     args = parser.parse_args(argv)
-    cli.check_output("--out", args.out, ".png", [args.checkpoint])
+    cli.check_output("--out", args.out, written.PICTURE, [args.checkpoint])
     return args
 
 

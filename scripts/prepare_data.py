@@ -41,26 +41,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     cli.answer_help(parse_args)  # before the imports below, which take seconds
 
-from utils.data.base import cautions, describe
-from utils.data.registry import check_not_inside, open_source
+from utils.data.base import cautions, content_of, describe
+from utils.data.registry import open_source
 from utils.data.sources.packed import finish_packing, pack, packed_folder
 from utils.files import check_disk
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    check_not_inside("OUT", args.out, args.src)
-    cli.check_output_folder("OUT", args.out)
+    cli.check_output_folder("OUT", args.out, [args.src])
     print(f"listing {args.src} ...", flush=True)
     source = open_source(args.source, args.src, args.resolution, words=WORDS)
     for note in cautions(source):
         print(f"note: {note}")
     print(describe(source), flush=True)
     folder = packed_folder(args.out, source, args.source, args.shard_size)
-    folder.check_plan()
+    folder.check_plan([*folder.plan])
     check_disk(args.out, folder.bytes_to_write())
     if args.dry_run:
         return
+    folder.plan |= content_of(source)  # reads every file that has not been read yet
     with folder.locked():
         folder.begin()
         pack(source, folder, args.workers)

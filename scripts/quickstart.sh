@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # REPA-E in minutes on two CPU cores: train a VAE and a SiT together on real digits, sample, evaluate.
-# Everything lands in exps/quickstart/. Run it again: a killed run continues, a finished one starts anew.
+# Everything lands in exps/quickstart/. Run it again: a killed run continues, a finished one is moved aside.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements.txt
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 export OMP_WAIT_POLICY=passive # threads that spin while they wait crawl on a shared machine
 out=exps/quickstart
-if [ -e $out/summary.json ]; then rm -rf $out; fi
+if [ -e $out/summary.json ]; then
+    kept=$out-$(date +%Y%m%d-%H%M%S)
+    mv $out "$kept" && echo "the finished run is kept as $kept"
+fi
 mkdir -p $out
 [ -e $out/started ] || date +%s >$out/started
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.errors import UserError
 from utils import cli
+from utils.process import written
 
 SEVERAL = Path("report.html")
 
@@ -29,9 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for run in args.runs:
         cli.check_input("RUN", run, folder=True)
     args.out = args.out or (args.runs[0] / SEVERAL if len(args.runs) == 1 else SEVERAL)
-    if args.out.suffix not in (".html", ".htm"):
-        raise UserError(f"--out {args.out} must end in .html")
-    cli.check_output("--out", args.out)
+    cli.check_output("--out", args.out, written.PAGE)
     return args
 
 

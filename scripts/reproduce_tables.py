@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils import cli
+from utils.process import written
 
 DEFAULT_RESULTS = ROOT / "exps"
+TABLES = "tables.md"  # in the folder of --out
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("overrides", nargs="*", metavar="key=value", help="for every arm")
     args = parser.parse_args(argv)
     if getattr(args, "out", None):
-        cli.check_output("--out", args.out / "tables.md")
+        cli.check_output("--out", args.out / TABLES, written.MARKDOWN)
     cli.check_input("--measure", getattr(args, "measure", None), folder=True)
     if getattr(args, "results", DEFAULT_RESULTS) != DEFAULT_RESULTS:
         cli.check_input("--results", args.results, folder=True)
@@ -55,6 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     cli.answer_help(parse_args)  # before the imports below, which take seconds
 
+from utils.files import write_atomically
 from utils.paper import showing, tables
 from utils.paper.measured import find_measured
 
@@ -84,8 +87,8 @@ def show(args: argparse.Namespace) -> None:
         print(text)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "tables.md").write_text(text)
-    print(f"written to {args.out / 'tables.md'}")
+    write_atomically(args.out / TABLES, f"{written.MARKDOWN_MARK}\n{text}")
+    print(f"written to {args.out / TABLES}")
 
 
 def run_digits(args: argparse.Namespace) -> None:

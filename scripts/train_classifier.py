@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.errors import UserError
 from utils import cli
 from utils.data.registry import SOURCES, check_path_is_read
+from utils.process import written
 
 OF_DIGITS = 16  # pixels of the digits, if nothing else is said
 
@@ -48,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.holdout and args.test_split:
         text = f"--holdout {args.holdout} takes the place of --test-split {args.test_split}"
         raise UserError(f"{text}: give one of them")
-    cli.check_output("--out", args.out, ".safetensors", [args.path])
+    cli.check_output("--out", args.out, written.CLASSIFIER, [args.path])
     return args
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli
 from utils.data.registry import add_source_arguments, open_source_of
+from utils.process import written
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,7 +30,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num", type=cli.positive, help="number of images to measure on; default: all")
     add("--seed", type=cli.not_negative, default=0, help="chooses the images if not all are taken")
     add("--out", type=cli.file_path, metavar="FILE.json", help="also write the numbers to a file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.out:
+        inputs = (args.vae, args.vae_weights, args.path)
+        cli.check_output("--out", args.out, written.LATENT_STATS, inputs)
+    return args
 
 
 if __name__ == "__main__":
@@ -46,15 +51,14 @@ from utils.sampling.locate import locate_vae_spec
 
 def main() -> None:
     args = parse_args()
-    if args.out:
-        inputs = (args.vae, args.vae_weights, args.path)
-        cli.check_output("--out", args.out, ".json", inputs)
     source = open_source_of(args)
     vae = load_vae(locate_vae_spec(args.vae), args.vae_weights).to(default_device())
     vae.eval().requires_grad_(False)
     num = min(args.num or len(source), len(source))
     mean, std = (values.tolist() for values in measure_latents(vae, source, num, args.seed))
     print(f"{args.vae}: latents of {num} of {len(source)} images at {source.resolution} px")
+    for note in source.notes:
+        print(f"note: {note}")
     print("channel      mean       std")
     for channel, (m, s) in enumerate(zip(mean, std)):
         print(f"{channel:7} {m:9.5f} {s:9.5f}")

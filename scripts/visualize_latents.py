@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli
 from utils.data.registry import add_source_arguments, open_source_of
+from utils.process import written
 from utils.sampling.settings import SamplingSettings, add_classes, check_classes
 
 MOST_COLUMNS = 200  # a wider picture cannot be drawn
@@ -66,8 +67,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=cli.file_path, required=True, help=".png to write")
 
     args = parser.parse_args(argv)
-    inputs = [args.path] if args.command == "latents" else args.checkpoint
-    cli.check_output("--out", args.out, ".png", inputs)
+    if args.command == "latents":
+        inputs = [args.path, *(spec.rpartition("=")[2] for spec in args.vae)]
+    else:
+        inputs = [*args.checkpoint, *args.run]
+    cli.check_output("--out", args.out, written.PICTURE, inputs)
     if args.command == "progress":
         check_classes(args)
         SamplingSettings.from_args(args)
@@ -77,6 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     cli.answer_help(parse_args)  # before the imports below, which take seconds
 
+from utils.data.base import describe
 from utils.pictures.grid import save_grid_of_rows
 from utils.pictures.latents import latent_rows
 from utils.pictures.progress import progress_rows
@@ -86,6 +91,7 @@ def main() -> None:
     args = parse_args()
     if args.command == "latents":
         source = open_source_of(args)
+        print("\n".join([describe(source), *source.notes]))
         rows = latent_rows(source, args.vae, args.num, args.fit, args.basis, args.reconstructions)
         save_grid_of_rows(args.out, rows)
     else:

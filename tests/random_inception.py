@@ -24,14 +24,19 @@ def textures(n: int, seed: int, size: int = 64) -> torch.Tensor:
     return torch.from_numpy(np.clip(x, 0, 255).astype(np.uint8))
 
 
-@torch.no_grad()
-def save_random_inception(path: Path) -> None:
-    """Write a state dict that torch-fidelity loads as its weight file."""
+def bare_inception() -> Inception:
+    """Without the weights of a file."""
     with (
         mock.patch("torch.load", return_value={}),
         mock.patch.object(Inception, "load_state_dict", return_value=None),
     ):
-        net = Inception("inception-v3-compat", ["2048"], feature_extractor_weights_path="none")
+        return Inception("inception-v3-compat", ["2048"], feature_extractor_weights_path="none")
+
+
+@torch.no_grad()
+def save_random_inception(path: Path) -> None:
+    """Write a state dict that torch-fidelity loads as its weight file."""
+    net = bare_inception()
     rng = np.random.Generator(np.random.PCG64(0))
 
     def normal(tensor: torch.Tensor, std: float) -> None:

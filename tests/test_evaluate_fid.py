@@ -14,6 +14,7 @@ import evaluate_fid
 from models.errors import UserError
 from models.vae import load_vae
 from tests.tiny import run_script
+from tests.utils.evaluation.toy_network import sampling_record
 from utils import cli
 
 
@@ -47,7 +48,7 @@ def samples(tmp_path):
     np.savez(tmp_path / "s.npz", rng.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8))
     settings = {"solver": "sde", "steps": 250, "cfg_scale": 1.5, "uint8": "truncate",
                 "class_balanced": True}  # fmt: skip
-    (tmp_path / "s.json").write_text(json.dumps({"settings": settings}))
+    (tmp_path / "s.json").write_text(json.dumps(sampling_record(60, **settings)))
     return tmp_path / "s.npz"
 
 
@@ -69,8 +70,8 @@ def test_the_record_has_every_fact(run, samples):
     record, _ = run("--samples", samples, "--reference", "digits@16", "--features", "pixel",
                     "--pr-mode", "fp32", "--metrics", "fid,recall")  # fmt: skip
     assert set(record) == {
-        "metrics", "details", "comparable_to_papers", "not_comparable_because", "warnings", "n",
-        "samples", "reference", "features", "protocol", "ranks", "versions",
+        "metrics", "details", "comparable_to_papers", "not_comparable_because", "comparability",
+        "warnings", "n", "samples", "reference", "features", "protocol", "ranks", "versions",
     }  # fmt: skip
     assert set(record["metrics"]) == {"FD[pixel12]", "recall[pixel12]"}
     assert record["protocol"]["precision_recall"]["mode"] == "fp32"
@@ -87,8 +88,8 @@ def test_vae_mode_measures_reconstructions(run):
                                       "spatial_variance", "total_variation"}  # fmt: skip
     lines = text.splitlines()
     assert "lpips" not in text.lower()  # nobody has asked for it
-    start = lines.index("vae        tiny-f8d4, random weights")
-    assert lines[start + 1] == "images     digits:test@32, 40 of 359 evenly spaced  n=40  32x32"
+    start = lines.index("images     digits:test@32, 40 of 359 evenly spaced  n=40  32x32")
+    assert lines[start + 1] == "vae        tiny-f8d4, random weights"
     assert lines[start + 2] == "latents    mode of the posterior"
     assert len(record["metrics"]["latent_mean"]) == 4
     assert record["protocol"]["posterior"] == "mode"
@@ -145,7 +146,7 @@ def test_dry_run_needs_no_file_and_says_what_is_missing(run):
         (["--samples", "a.npz", "--resolution", "32"], "--resolution does not go with"),
         (["--vae", "tiny-f8d4", "--data", "digits@32", "--pr-mode", "fp32"], "--pr-mode does not"),
         (["--samples", "a.npz", "--features", "clip"], "expected inception, dinov2"),
-        (["--samples", "a.npz", "--metrics", "kid"], "'kid': expected some of fid"),
+        (["--samples", "a.npz", "--metrics", "kids"], "'kids': expected some of fid"),
         (["--samples", "a.npz", "--batch-size", "0"], "batch-size.*whole number"),
         (["--vae", "tiny-f8d4", "--data", "digits@32", "--metrics", "fid"], "some of rfid"),
         (["--vae", "tiny-f8d4", "--data", "digits@12", "--metrics", "psnr"], "downsample factor"),
@@ -160,7 +161,7 @@ def test_mistakes_in_the_flags_are_refused(flags, message):
 
 HELD = {
     "{samples}.json": "is a JSON file",
-    "{folder}": "no images below",
+    "{folder}": "no images in",
     "/dev/null": "is a device",
     "{text}": "is a text file",
     "{small}": "expected the same size",
@@ -188,7 +189,7 @@ def test_what_is_there_and_wrong_is_refused_also_by_a_dry_run(held, dry_run, sam
 
 def test_folders_without_a_name_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no images below"):
+    with pytest.raises(UserError, match="no images in"):
         evaluate_fid.main(["--samples", ".", "--reference", "digits", "--features", "pixel"])
 
 

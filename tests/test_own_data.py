@@ -18,10 +18,12 @@ from models.errors import UserError
 from models.sit import SiT
 from scripts import prepare_data, train_classifier
 from tests.test_readme import WALK, words
-from tests.tiny import ROOT, run_here, train, train_here
+from tests.tiny import ROOT, run_here, tiny_config, train, train_here
 from utils import cli
 from utils.data.base import cautions
 from utils.data.registry import open_source
+from utils.sealed import _hash_of_state
+from utils.training.plan import check_run
 from utils.training.tracking import read_metrics
 
 
@@ -133,6 +135,32 @@ def test_more_classes_than_the_checkpoint_knows_are_refused(tmp_path, capsys):
     assert train_here(tmp_path, *settings) == 2
     error = capsys.readouterr().err
     assert "data.classes" in error
+
+
+def test_a_run_does_not_go_on_with_other_images_without_a_word(tmp_path):
+    """Pictures that took the place of others: refused, or said where that is allowed. Of a
+    checkpoint that does not know its images, it is said that nothing is compared."""
+    settings = (f"run.out={tmp_path}", *flat(tmp_path / "data"), "run.steps=1")
+    assert train_here(tmp_path, *settings) == 0
+    state_file = tmp_path / "tiny" / "checkpoints" / "0000001" / "state.json"
+    state = json.loads(state_file.read_text())
+    assert {*state["content"]} == {"images_sha256", "labels_sha256"}
+    notes = check_run(tiny_config(*settings), 1).notes
+    assert not [n for n in notes if "data.content" in n or "not compared" in n]
+
+    picture = min((tmp_path / "data").rglob("*.png"))
+    Image.fromarray(255 - np.asarray(Image.open(picture))).save(picture)
+    with pytest.raises(UserError, match=r"data\.content=images_sha256 .* \(now ") as error:
+        check_run(tiny_config(*settings), 1)
+    assert "\n" not in str(error.value) and "run.allow_change=[data.content]" in str(error.value)
+    check_run(tiny_config(*settings), 1, assume_data=True)  # a dry run, which reads no image
+    allowed = tiny_config(*settings, "run.allow_change=[data.content]")
+    assert any("since it was saved: data.content=" in n for n in check_run(allowed, 1).notes)
+
+    del state["content"]
+    state_file.write_text(json.dumps(state | {"sha256": _hash_of_state(state)}))
+    notes = check_run(tiny_config(*settings), 1).notes
+    assert any("0000001 has no hash of its images: they are not compared" in n for n in notes)
 
 
 def broken(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -293,9 +321,9 @@ WRONG = {
     "{root}-c.safetensors": "--test-split test: the source folder has all",
     "scripts/train_classifier.py --train-split val --out {root}-c.safetensors": "--train-split val",
     "scripts/cache_latents.py --vae tiny-f2d4 --data folder --path {root} --out {root}/c": (
-        "error: --out {root}/c lies inside the data {root}; choose another place"
+        "error: --out {root}/c lies inside the input {root}: choose another place"
     ),
-    "scripts/prepare_data.py {root} {root}/out": "error: OUT {root}/out lies inside the data",
+    "scripts/prepare_data.py {root} {root}/out": "error: OUT {root}/out lies inside the input",
     "scripts/prepare_data.py {root} {root}-out --resolution 9999": "--resolution 9999: expected 1",
     "evaluate_fid.py --vae tiny-f2d4 --data digits:train@16 --split test": (
         "--split test: digits:train@16 asks for another part; leave one of them out"

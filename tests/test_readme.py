@@ -32,7 +32,8 @@ WALK = [
     for c in COMMANDS
     if re.search(r"\b(own32|own-cpu|own-data/cpu)\b", c) and not c.startswith("bash")
 ]
-SCRIPTS = [c for c in COMMANDS if not c.startswith("bash") and c not in WALK]
+CHECKS = [c for c in COMMANDS if c.startswith("python -m pytest ")]
+SCRIPTS = [c for c in COMMANDS if not c.startswith("bash") and c not in (*WALK, *CHECKS)]
 CHECKPOINT = r"exps/[\w-]+/checkpoints/0400000"
 
 
@@ -187,6 +188,26 @@ def test_the_commands_about_own_data_have_valid_arguments(command):
     """tests/test_own_data.py runs such commands."""
     script, *arguments = words(command)
     runpy.run_path(str(ROOT / script))["parse_args"](arguments)
+
+
+@pytest.mark.parametrize("command", CHECKS)
+def test_the_tests_that_docs_verification_names_exist(command):
+    """Running them is up to the suite."""
+    file, *names = shlex.split(command)[3].split("::")
+    source = (ROOT / file).read_text()
+    for name in names:
+        plain, _, case = name.rstrip("]").partition("[")
+        assert re.search(rf"^ *(def|class) {plain}\b", source, re.M)
+        assert case in source
+
+
+def test_each_claim_of_docs_verification_has_its_command():
+    page = (ROOT / "docs" / "verification.md").read_text()
+    claims, commands = (
+        re.findall(r"\| \((\w)\) \|$", page, re.M),
+        re.findall(r"  # (\w)$", page, re.M),
+    )
+    assert claims == commands and len(claims) > 25
 
 
 def test_every_command_is_tested_above():

@@ -54,6 +54,26 @@ def test_a_second_run_is_refused_and_nothing_is_touched(tmp_path, capsys):
     assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "samples/0000009.png"])
+def test_a_folder_of_another_program_is_no_run(name, tmp_path, capsys):
+    """Also of one whose runs look much the same; files that a run does not write may lie there."""
+    file = tmp_path / "tiny" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("lr: 1\n")
+    (tmp_path / "tiny/encoder.safetensors").touch()
+    before = tree(tmp_path)
+    assert train_here(tmp_path) == 2
+    assert f"holds {name.split('/')[0]}, and is no run" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_a_new_run_does_not_lie_inside_its_data(tmp_path, capsys):
+    """Its pictures would be trained on."""
+    (tmp_path / "a").mkdir()
+    assert train_here(tmp_path / "exps", "data.source=folder", f"data.path={tmp_path}") == 2
+    assert f"lies inside the input {tmp_path}" in capsys.readouterr().err
+
+
 def test_a_run_that_is_refused_makes_no_folder(tmp_path):
     assert train_here(tmp_path / "out", "run.batch_size=100000") == 2
     assert not (tmp_path / "out").exists()

@@ -30,8 +30,10 @@ from models.sit import SiT
 from models.vae import build_vae
 from utils import cli, precision
 from utils.data.sharded import ShardedFolder
+from utils.evaluation.images.image_sets import open_images
 from utils.sampling import load, output
 from utils.sampling.output import SampleFiles
+from utils.sampling.settings import ADDED
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = [
@@ -318,10 +320,22 @@ def test_everything_beside_the_npz(checkpoint, tmp_path):
     assert {"torch", "diffusers", "numpy", "commit", "python"} <= set(record["versions"])
     assert (record["ranks"], record["device"], record["images_sampled"]) == (1, "cpu", 96)
     assert record["seconds"] > 0
+    found = open_images(out)
+    assert found.record == record and record["content_sha256"] == found.fingerprint()
     names = set(vars(sample_ddp.parse_args(arguments(checkpoint, out))))
     names -= {"out", "dry_run", "list", "png", "preset"}
-    names -= {"classes", "per_class"}  # on record where they are given
+    names -= {*ADDED, "per_class"}  # on record where they are given
     assert names <= {*settings, *record}  # every flag is on record
+
+
+def test_guidance_as_other_samplers_have_it_reaches_the_images_and_the_record(checkpoint, tmp_path):
+    flags = {"num_samples": 4, "steps": 4, "cfg_scale": 3, "guidance_high": 0.6}
+    plain = here(checkpoint, tmp_path / "plain.npz", **flags)
+    assert not ADDED.keys() & record_of(tmp_path / "plain.npz")["settings"].keys()
+    for name, value in {"cfg_channels": 3, "heun_guidance": "predictor"}.items():
+        out = tmp_path / f"{name}.npz"
+        assert not np.array_equal(plain, here(checkpoint, out, **flags, **{name: value}))
+        assert record_of(out)["settings"][name] == value
 
 
 def is_in(picture: Image.Image, image: np.ndarray) -> bool:
@@ -431,13 +445,13 @@ def test_an_error_of_the_writer_ends_the_program(small_blocks, checkpoint, tmp_p
 
 
 def test_weights_that_make_no_numbers_are_refused(tmp_path):
-    make_checkpoint(tmp_path)
-    file = tmp_path / "sit_ema" / "diffusion_pytorch_model.safetensors"
+    folder = make_checkpoint(tmp_path / "c")
+    file = folder / "sit_ema" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["final_layer.linear.bias"].fill_(3e38)  # finite, but its sums are not
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"images 0\.\.31 are not finite"):
-        here(tmp_path, tmp_path / "a.npz")
+        here(folder, tmp_path / "a.npz")
 
 
 # ---------------------------------------------------------------- labels
@@ -582,6 +596,7 @@ def test_an_npz_of_other_settings_is_never_overwritten(checkpoint, tmp_path):
         ({"seed": 1}, "seed=0, now 1"),
         ({"solver": "ode-euler"}, "solver=ode-heun, now ode-euler"),
         ({"uint8": "truncate"}, "uint8=round, now truncate"),
+        ({"cfg_channels": 3}, "cfg_channels=null, now 3"),
         (
             {"cfg_scale": 2, "guidance_high": 0.5},
             "cfg_scale=1.0, now 2.0, guidance_high=1.0, now 0.5",
@@ -596,6 +611,18 @@ def test_an_npz_of_other_settings_is_never_overwritten(checkpoint, tmp_path):
     with pytest.raises(UserError, match="no readable record says"):
         here(checkpoint, out)
     assert not (tmp_path / "a.shards").exists()
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.png", "a.labels.npy", "a.shards/x.txt"])
+def test_what_is_not_ours_beside_the_npz_is_kept(name, checkpoint, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"settings": 1}')
+    with pytest.raises(UserError, match=rf"{name.split('/')[0]} (exists and is not|holds other)"):
+        here(checkpoint, tmp_path / "a.npz", dry_run=True)
+    assert file.read_text() == '{"settings": 1}'
+    with pytest.raises(UserError, match="lies inside the input"):
+        here(checkpoint, checkpoint / "a.npz", dry_run=True)
 
 
 def interrupted(checkpoint, out, monkeypatch, **flags) -> SampleFiles:
@@ -678,6 +705,8 @@ WRONG = {
     "solver=sde steps=1": "--solver sde needs 2 steps or more",
     "num_samples=97 class_balanced=": "does not split evenly over 8 classes",
     "out=a.png": "--out a.png must end in .npz",
+    "cfg_channels=5": "--cfg-channels 5: the latents of this SiT have 4 channels; 0 = all",
+    "heun_guidance=predictor solver=sde": "needs --solver ode-heun: sde has no corrector",
     "classes=dog": "no class 'dog': the names of the classes are not recorded",
     "classes=8": "no class 8: the labels are 0 to 7",
     "classes=1,,2": "--classes '1,,2': expected labels or names",
@@ -709,9 +738,9 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(
 
 
 def test_guidance_needs_a_null_label(tmp_path):
-    make_checkpoint(tmp_path, class_dropout_prob=0.0)
+    folder = make_checkpoint(tmp_path / "c", class_dropout_prob=0.0)
     with pytest.raises(UserError, match="trained without a null label"):
-        here(tmp_path, tmp_path / "a.npz", cfg_scale=2)
+        here(folder, tmp_path / "a.npz", cfg_scale=2)
 
 
 @pytest.mark.parametrize("dry_run", [{}, {"dry_run": True}])
@@ -739,13 +768,13 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path, dry_run):
 
 
 def test_state_json_gives_the_path_and_vouches_for_the_weights(tmp_path):
-    make_checkpoint(tmp_path)
-    state = tmp_path / "state.json"
+    folder = make_checkpoint(tmp_path / "c")
+    state = folder / "state.json"
     state.write_text(json.dumps({"path": "cosine", "files": {}}))
-    here(tmp_path, tmp_path / "a.npz", num_samples=2)
+    here(folder, tmp_path / "a.npz", num_samples=2)
     assert record_of(tmp_path / "a.npz")["settings"]["path"] == "cosine"
-    here(tmp_path, tmp_path / "b.npz", num_samples=2, path="linear")
+    here(folder, tmp_path / "b.npz", num_samples=2, path="linear")
     assert record_of(tmp_path / "b.npz")["settings"]["path"] == "linear"
     state.write_text(json.dumps({"files": {"vae/config.json": "0" * 64}}))
     with pytest.raises(UserError, match=r"vae/config.json is not as it was saved"):
-        here(tmp_path, tmp_path / "c.npz")
+        here(folder, tmp_path / "c.npz")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from math import nan
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import NamedTuple, NoReturn
 
@@ -21,6 +22,7 @@ from utils.files import expand_path
 from utils.process import heartbeat, installation
 from utils.process.ending import is_main, run_or_exit
 from utils.process.signals import SIGNALS, die_with_launcher, end_imports
+from utils.process.written import Kind, check_kind
 from utils.records import Range
 
 LONGEST_NAME = 240  # bytes; file systems take 255, and drafts have longer names than their files
@@ -146,13 +148,10 @@ def hub_name(text: str) -> str:
     return text
 
 
-def check_output(flag: str, out: Path, suffix: str = "", inputs: Iterable[object] = ()) -> None:
-    """`UserError` unless a file can be written at `out`, which ends in `suffix` and is none of the
-    `inputs`, nor a file in one that is a folder. Creates nothing; called before the work whose
-    result goes there."""
-    if suffix and out.suffix != suffix:
-        name = "" if out.suffix else "have a name and "
-        raise UserError(f"{flag} {out} must {name}end in {suffix}")
+def check_output(flag: str, out: Path, kind: Kind, inputs: Iterable[object] = ()) -> None:
+    """`UserError` unless a file of this kind can be written at `out`: what stands there may only be
+    one that this program has written, and none of the `inputs`, nor lie in one that is a folder.
+    Creates nothing; called before the work whose result goes there."""
     _check_place(flag, out)
     if out.is_dir():
         raise UserError(f"{flag} {out} is a folder: expected the name of a file to write")
@@ -162,9 +161,20 @@ def check_output(flag: str, out: Path, suffix: str = "", inputs: Iterable[object
         raise UserError(f"{flag} {out} is no regular file: choose another name")
     if out.is_file() and not os.access(out, os.W_OK):
         raise UserError(f"{flag} {out} exists and may not be overwritten: choose another name")
-    given = [Path(str(each)) for each in inputs if each is not None]
-    if any(same_place(out, each) or (out.exists() and _is_below(out, each)) for each in given):
-        raise UserError(f"{flag} {out} is, or lies in, one of the inputs: choose another name")
+    refuse_inputs(flag, out, inputs)
+    check_kind(flag, out, kind)
+
+
+def refuse_inputs(flag: str, out: Path, inputs: Iterable[object]) -> None:
+    """`UserError` if an output is one of the inputs, under whatever name, or would lie inside one;
+    a run takes new files beside its checkpoints."""
+    for given in (Path(str(each)) for each in inputs if each is not None):
+        is_run = (given / "config.yaml").is_file() or any(given.glob("checkpoints/[0-9]*"))
+        closed = given / "checkpoints" if is_run else given
+        if same_place(out, given):
+            raise UserError(f"{flag} {out} is {given}, an input: choose another name")
+        if is_inside(out, closed):
+            raise UserError(f"{flag} {out} lies inside the input {given}: choose another place")
 
 
 def check_input(flag: str, given: Path | None, folder: bool = False) -> None:
@@ -178,18 +188,30 @@ def check_input(flag: str, given: Path | None, folder: bool = False) -> None:
     raise UserError(f"{flag} {given} is {found}, expected a {wanted}: correct the path")
 
 
-def check_output_folder(flag: str, out: Path) -> None:
-    """`UserError` unless a folder can be made at `out`, or is there and can be written to."""
+def check_output_folder(flag: str, out: Path, inputs: Iterable[object] = ()) -> None:
+    """`UserError` unless a folder can be made at `out`, or is there and can be written to, and is
+    none of the inputs, nor inside one."""
     _check_place(flag, out, folder=True)
+    refuse_inputs(flag, out, inputs)
 
 
 def same_place(one: Path, other: Path) -> bool:
-    """Whether two paths, which need not exist, name the same file."""
-    return os.path.realpath(one) == os.path.realpath(other)
+    """Whether two paths, which need not exist, name the same file: also by a link of any kind, or
+    in other letters where case does not count."""
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):  # one of them is not there
+        return False
 
 
-def _is_below(path: Path, folder: Path) -> bool:
-    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, which need not exist, is or lies below a folder that is there: by its name,
+    or where its links lead."""
+    places = [Path(os.path.abspath(path)), Path(os.path.realpath(path))]
+    above = {each for place in places for each in (place, *place.parents)}
+    return folder.is_dir() and any(same_place(each, folder) for each in above)
 
 
 def _check_place(flag: str, out: Path, folder: bool = False) -> None:
@@ -206,8 +228,12 @@ def _check_place(flag: str, out: Path, folder: bool = False) -> None:
         raise UserError(f"{flag} {shown}: {error.strerror}; choose another name") from None
     if not place.is_dir():
         raise UserError(f"{flag} {out}: {place} is no folder: choose another place")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {out}: no right to write in {place}: choose another place")
+    try:
+        with TemporaryFile(dir=place):  # it has no name, and nothing stays
+            pass
+    except OSError as error:
+        why = f"cannot write in {place} ({error.strerror})"
+        raise UserError(f"{flag} {out}: {why}; choose another place") from None
 
 
 class SourceWords(NamedTuple):

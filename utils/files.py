@@ -70,6 +70,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], obj
     # one name for all: the draft of a killed process, which may be large, is overwritten
     draft = path.with_name(f".{path.name}{DRAFT}")
     try:
+        draft.unlink(missing_ok=True)  # a link there would be followed
         with draft.open("wb") as file:
             if callable(content):
                 content(file)

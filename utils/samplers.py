@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 # The default guidance interval, of `sample` and of every program: guide at all times.
 GUIDANCE_INTERVAL = (0.0, 1.0)
+# What decides whether Heun's corrector is guided: its own time, or that of the predictor, as in the
+# reference implementation. They differ in the one step that crosses an end of the interval.
+HEUN_GUIDANCE = ("own", "predictor")
 # The last stochastic step of the SDE ends here: the score grows without bound at t = 0.
 SDE_LAST_TIME = 0.04
 
@@ -59,6 +62,8 @@ def sample(
     steps: int = 50,
     cfg_scale: float = 1.0,
     guidance: tuple[float, float] = GUIDANCE_INTERVAL,
+    cfg_channels: int = 0,
+    heun_guidance: str = HEUN_GUIDANCE[0],
     path: str = "linear",
     generator: torch.Generator | NoiseFunction | None = None,
     shift: float = 1.0,
@@ -67,7 +72,9 @@ def sample(
     """Noise (N, C, h, w) and labels (N,) => normalised latents (N, C, h, w), float32.
 
     `cfg_scale` guides while guidance[0] <= t <= guidance[1], t being the time of each evaluation;
-    outside only the conditional branch runs. `generator` feeds the SDE: torch's, for the whole
+    outside only the conditional branch runs. `cfg_channels` above 0: only the first so many latent
+    channels are guided, the others follow the conditional branch. `heun_guidance`: one of
+    `HEUN_GUIDANCE`. `generator` feeds the SDE: torch's, for the whole
     batch at once, or a function such as `utils.sampling.noise.ImageNoise`, for which an image does
     not depend on its batch. `shift` above 1 moves the times towards the noise, see `shift_time`.
     `on_step` is called after each step, and may exchange the state.
@@ -79,9 +86,11 @@ def sample(
 
     assert solver in SOLVERS, solver
     assert steps >= least_steps(solver), (solver, steps)
+    assert heun_guidance in HEUN_GUIDANCE, heun_guidance
     with torch.no_grad():
         field = Field(sit, y, cfg_scale, guidance, path, generator)
         field.on_step = on_step
+        field.cfg_channels, field.heun_guidance = cfg_channels, heun_guidance
         times = SOLVERS[solver].times(steps, shift)
         field.keep_on_device(times)
         return SOLVERS[solver].integrate(field, noise.double(), times).float()
@@ -107,6 +116,7 @@ class Field:
         self.sit, self.y, self.cfg_scale, self.guidance = sit, y, cfg_scale, guidance
         self.path, self.generator, self.draws = path, generator, 0
         self.on_step: StepFunction | None = None
+        self.cfg_channels, self.heun_guidance = 0, HEUN_GUIDANCE[0]
         self.steps_done = 0
         self.kept_times: dict[float, torch.Tensor] = {}
         # A module without weights (an analytic field) sees the state as it is.
@@ -133,13 +143,27 @@ class Field:
         self.kept_times = dict(zip(times, on_device.unbind()))
 
     def __call__(self, x: torch.Tensor, t: float) -> torch.Tensor:
+        """The velocity at time t, (N, C, h, w) float64; guided if t is in the interval."""
+        return self.velocity(x, t, self.is_guided(t))
+
+    def velocity(self, x: torch.Tensor, t: float, guided: bool) -> torch.Tensor:
         """u + cfg_scale (c - u) of the conditional velocity c and the unconditional u, which run
-        in one network call of 2 N; outside the interval c alone. (N, C, h, w) float64."""
+        in one network call of 2 N; not guided, c alone."""
+        import torch
+
         x = x.to(self.dtype)
-        if not self.is_guided(t):
+        if not guided:
             return self._velocity(x, t, self.y)
         cond, uncond = self._velocity(x.repeat(2, 1, 1, 1), t, self.y_both).chunk(2)
-        return uncond + self.cfg_scale * (cond - uncond)
+        v = uncond + self.cfg_scale * (cond - uncond)
+        if not self.cfg_channels:
+            return v
+        return torch.cat([v[:, : self.cfg_channels], cond[:, self.cfg_channels :]], dim=1)
+
+    def corrector(self, x: torch.Tensor, t: float, t_next: float) -> torch.Tensor:
+        """The velocity of Heun's corrector, at the x where its predictor from time t landed."""
+        decides = t if self.heun_guidance == "predictor" else t_next
+        return self.velocity(x, t_next, self.is_guided(decides))
 
     def is_guided(self, t: float) -> bool:
         """Whether an evaluation at time t runs both branches."""
@@ -233,7 +257,7 @@ def integrate_heun(field: Field, x: torch.Tensor, times: list[float]) -> torch.T
         v = field(x, t)
         x_next = x + (t_next - t) * v
         if t_next != 0:
-            x_next = x + (t_next - t) * 0.5 * (v + field(x_next, t_next))
+            x_next = x + (t_next - t) * 0.5 * (v + field.corrector(x_next, t, t_next))
         x = field.end_step(x_next, t_next)
     return x
 
@@ -320,8 +344,8 @@ def rows_of_calls(
     import torch
 
     class Counter(Field):
-        def __call__(self, x: torch.Tensor, t: float) -> torch.Tensor:
-            rows.append(1 + self.is_guided(t))
+        def velocity(self, x: torch.Tensor, t: float, guided: bool) -> torch.Tensor:
+            rows.append(1 + guided)
             return x
 
     rows: list[int] = []

@@ -100,6 +100,8 @@ class CheckpointState:
     path: str | None = None
     # names of the classes in the order of their labels
     classes: list[str] | None = None
+    # hashes of images and labels (utils.data.base.content_of)
+    content: dict[str, str] | None = None
     # settings that define the run, as utils.config.load.recorded_config reads them
     config: dict[str, Any] | None = None
     # whether it was made of published weights, and of which

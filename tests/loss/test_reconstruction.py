@@ -1,5 +1,7 @@
 """Pixel losses, KL and the perceptual loss. LPIPS itself: tests/models/test_lpips.py."""
 
+import math
+
 import pytest
 import torch
 
@@ -23,6 +25,24 @@ def test_pixel_losses_are_means_over_all_values():
     assert pixel_loss(x_hat, x, "mse").item() == pytest.approx(mse.item(), rel=1e-5)
     with pytest.raises(AssertionError):
         pixel_loss(x_hat, x, "l2")
+
+
+@pytest.mark.parametrize("rounding", [1e-6, 1e-5])
+def test_rounding_alone_turns_gradients_of_l1_over(rounding):
+    """Why steps are compared in float64 (docs/verification.md): of images that are 0.05 off,
+    `rounding` turns atan(rounding / 0.05) / pi of the signs over that are L1's gradient."""
+    x = torch.zeros(4_000_000, dtype=torch.float64)
+    x_hat, rounded = 0.05 * torch.randn_like(x), rounding * torch.randn_like(x)
+    differences = {}
+    for kind in ("l1", "mse"):
+        grads = []
+        for image in (x_hat, x_hat + rounded):
+            image.requires_grad_()
+            grads += torch.autograd.grad(pixel_loss(image, x, kind), image)
+        differences[kind] = ((grads[1] - grads[0]).norm() / grads[0].norm()).item()
+    share = math.atan(rounding / 0.05) / math.pi
+    assert differences["l1"] == pytest.approx(2 * share**0.5, rel=0.2)  # 5e-3 and 1.6e-2
+    assert differences["mse"] == pytest.approx(rounding / 0.05, rel=0.01)  # 2e-5 and 2e-4
 
 
 def test_kl_is_summed_over_the_latent_and_averaged_over_images():

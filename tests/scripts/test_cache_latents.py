@@ -3,7 +3,6 @@
 python -m pytest tests/scripts/test_cache_latents.py
 """
 
-import hashlib
 import json
 import shutil
 import signal
@@ -12,6 +11,7 @@ import sys
 import time
 import zlib
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ import train_repae
 from models.encoders import encoder_shape, load_encoder
 from models.errors import UserError
 from models.vae import build_vae, load_vae
-from scripts import cache_latents
+from scripts import cache_latents, prepare_data
 from tests.tiny import ROOT, draws_of, run_script, tiny_config, train_here
 from utils import distributed
 from utils.benchmark.clock import PhaseClock
@@ -32,9 +32,9 @@ from utils.benchmark.training import Training
 from utils.data import latents
 from utils.data.base import BadImages, Source, collate
 from utils.data.images import u8_to_pm1
+from utils.data.latent_writer import CacheWriter
 from utils.data.latents import CachedSource, CacheMeta, LatentCache, checksum
 from utils.data.registry import open_source
-from utils.data.sharded import ShardedFolder
 from utils.data.training import join_cache
 from utils.training.batch import make_batch, to_device
 from utils.training.draws import Draws
@@ -87,6 +87,15 @@ def cache(images, vae, tmp_path_factory):
     out = tmp_path_factory.mktemp("cache") / "c"
     with pytest.MonkeyPatch.context() as patch:
         cache_here(patch, images, vae, out, "--hflip", *ENCODER)
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(images, vae, tmp_path_factory):
+    """Neither mirrored copies nor features."""
+    out = tmp_path_factory.mktemp("plain") / "c"
+    with pytest.MonkeyPatch.context() as patch:
+        cache_here(patch, images, vae, out)
     return out
 
 
@@ -222,20 +231,62 @@ def test_an_image_removed_or_added_is_refused_by_name(images, vae, cache, tmp_pa
     assert "images without latents: 1 (first a/new.png)" in text
 
 
-def test_other_pixels_under_the_same_names_are_refused(images, vae, cache, tmp_path):
-    for path in images.rglob("*.png"):
-        copy = tmp_path / path.relative_to(images)
-        copy.parent.mkdir(exist_ok=True)
-        picture = np.array(Image.open(path))
-        Image.fromarray(picture // 2).save(copy)
-    config = config_of(tmp_path, vae, cache)
-    text = refusal(lambda: examples_of(config, tmp_path))
-    assert "made from other images: the pixels of" in text
-    again = words(tmp_path, vae, cache, "--hflip", *ENCODER)
-    with pytest.MonkeyPatch.context() as patch:  # a random encoder's weights would differ first
-        patch.setattr(ShardedFolder, "check_plan", lambda *_: None)
+def replace_unsampled(folder: Path) -> Path:
+    """Invert a picture whose pixels are not among those that are compared at every start."""
+    sampled = np.linspace(0, NUM - 1, latents.CHECKED_IMAGES, dtype=int)
+    source = open_source("folder", folder, 16)
+    path = folder / source.key(min({*range(NUM)} - {*sampled.tolist()}))
+    picture = 255 - np.array(Image.open(path))
+    Image.fromarray(picture).save(path)
+    return path
+
+
+def test_other_pixels_under_the_same_names_are_refused(images, vae, plain, tmp_path):
+    """All of them, or one, by a run and by the command that made the cache; a dry run of what is on
+    another machine reads no more than some images."""
+    shutil.copytree(images, tmp_path / "images")
+    config = config_of(tmp_path / "images", vae, plain)
+    replace_unsampled(tmp_path / "images")
+    assert "made from other images: the pixels of" in refusal(lambda: check_run(config, 1))
+    check_run(config, 1, assume_data=True)
+    again = words(tmp_path / "images", vae, plain)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [SCRIPT, *again])
         assert "was begun with other images" in refusal(cache_latents.main)
+    for path in (tmp_path / "images").rglob("*.png"):
+        Image.fromarray(np.array(Image.open(path)) // 2).save(path)
+    text = refusal(lambda: examples_of(config, tmp_path / "images"))
+    assert "made from other images: the pixels of" in text
+
+
+def test_the_same_pixels_may_be_in_another_container(images, plain, tmp_path, monkeypatch):
+    """Packed data of the folder that was cached: by the hash of all pixels, no image is read. Where
+    that is not known, all are compared."""
+    prepare_data.main([str(images), str(tmp_path / "p"), "--resolution", "16", "--workers", "0"])
+    packed, folder = open_source("packed", tmp_path / "p", 16), open_source("folder", images, 16)
+    cache = LatentCache(plain)
+    rows = cache.join(packed)
+    compared = []
+    monkeypatch.setattr(LatentCache, "_compare", lambda *given: compared.append(given))
+    cache.check_content(packed, rows, packed.fingerprint())
+    cache.check_content(folder, rows, folder.fingerprint())
+    assert not compared
+    cache.check_content(packed, rows, "another")
+    cache.check_content(packed, rows[::-1], packed.fingerprint())
+    assert [len(indices) for *_, indices in compared] == [NUM, NUM]
+
+
+def test_pictures_that_are_replaced_while_they_are_cached(images, vae, tmp_path, monkeypatch):
+    shutil.copytree(images, tmp_path / "images")
+    write = CacheWriter.write
+
+    def write_and_replace(*arguments, **named):
+        write(*arguments, **named)
+        replace_unsampled(tmp_path / "images")
+
+    monkeypatch.setattr(CacheWriter, "write", write_and_replace)
+    text = refusal(lambda: cache_here(monkeypatch, tmp_path / "images", vae, tmp_path / "c"))
+    assert "the data have changed while" in text
 
 
 def test_rows_follow_their_keys_not_their_order(images, vae, cache, tmp_path):
@@ -308,9 +359,8 @@ def latents_without_limit(cache) -> dict[str, torch.Tensor]:
     return {n: torch.from_numpy(np.concatenate([np.load(f) for f in files[n]])) for n in names}
 
 
-def test_mirrored_training_needs_mirrored_copies(images, vae, tmp_path, monkeypatch):
-    cache_here(monkeypatch, images, vae, tmp_path / "c")
-    config = config_of(images, vae, tmp_path / "c", "data.hflip=true")
+def test_mirrored_training_needs_mirrored_copies(images, vae, plain):
+    config = config_of(images, vae, plain, "data.hflip=true")
     assert "--hflip" in refusal(lambda: examples_of(config, images))
 
 
@@ -444,38 +494,26 @@ def test_the_checksum_does_not_see_the_memory_layout():
     assert checksum(nhwc) == checksum(x) == zlib.crc32(bytes(range(48)))
 
 
-def test_a_cache_that_the_first_version_began_is_finished(images, vae, tmp_path, monkeypatch):
-    """Its plan and records, written out; the arrays of finished shards are kept as they are."""
-    whole, old = tmp_path / "whole", tmp_path / "old"
-    cache_here(monkeypatch, images, vae, whole, "--hflip")
-    old.mkdir()
-    found = json.loads((whole / "plan.json").read_text())
-    keys = "".join(f"{key}\n" for key in keys_of(images))
-    plan = {
-        "copies": 2,
-        "latent_shape": [4, 8, 8],
-        "encoders": [],
-        "resolution": 16,
-        "precision": "fp32",
-        "format": "repae-latents-1",
-        "crop_version": "adm-center-crop-1",
-        "num_images": NUM,
-        "keys_sha256": hashlib.sha256(keys.encode()).hexdigest(),
-        "vae_sha256": latents.weights_digest(load_vae(str(vae))),
-        "shard_size": 16,
-    }
-    assert found == plan
-    (old / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
-    rows = np.load(whole / "latents-00001.npy")
-    np.save(old / "latents-00001.npy", rows)
-    record = json.loads((whole / "shard-00001.json").read_text())
-    assert list(record) == ["moments", "checksums"] and len(record["checksums"]) == len(rows)
-    (old / "shard-00001.json").write_text(json.dumps(record, indent=1) + "\n")
-    (old / "latents-00002.tmp").write_bytes(b"left over")
-    before = (old / "latents-00001.npy").stat().st_mtime_ns
-    cache_here(monkeypatch, images, vae, old, "--hflip")
-    assert content(old) == content(whole)
-    assert (old / "latents-00001.npy").stat().st_mtime_ns == before
+def test_a_cache_of_an_earlier_version_is_compared_as_a_whole(images, vae, plain, tmp_path):
+    """It has checksums of all images, but no hash of the data: it is not continued, and at the
+    start of a run all images are read."""
+    old, replaced = tmp_path / "old", tmp_path / "images"
+    shutil.copytree(plain, old)
+    for name in ("plan.json", "meta.json"):
+        record = json.loads((old / name).read_text())
+        for key in ("images_sha256", "pixels_sha256"):
+            record.pop(key, None)
+        (old / name).write_text(json.dumps(record))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [SCRIPT, *words(images, vae, old)])
+        assert "by an earlier version, without a hash" in refusal(cache_latents.main)
+    examples = examples_of(config_of(images, vae, old), images)
+    examples.check_content(examples.images.fingerprint())
+    shutil.copytree(images, replaced)
+    examples = examples_of(config_of(replaced, vae, old), replaced)
+    replace_unsampled(replaced)
+    text = refusal(lambda: examples.check_content(examples.images.fingerprint()))
+    assert "made from other images: the pixels of" in text
 
 
 @pytest.mark.parametrize(
@@ -484,13 +522,15 @@ def test_a_cache_that_the_first_version_began_is_finished(images, vae, tmp_path,
         {"moments": [[1.0], [2.0], [3.0]]},
         {"moments": [[1.0] * 4] * 2},
         {"moments": []},
+        {"hashes": "0" * 63},
+        {"hashes": "x" * 64 * 16},
         {},  # fewer checksums
         {"moments": [[0.0] * 4, [0.0] * 4, [0.0] * 3]},
     ],
 )
-def test_a_record_of_another_shard_is_refused(images, vae, cache, tmp_path, monkeypatch, changes):
+def test_a_record_of_another_shard_is_refused(images, vae, plain, tmp_path, monkeypatch, changes):
     out = tmp_path / "c"
-    cache_here(monkeypatch, images, vae, out)
+    shutil.copytree(plain, out)
     record = out / "shard-00001.json"
     held = json.loads(record.read_text())
     changes = changes or {"checksums": held["checksums"][:3]}
@@ -510,17 +550,19 @@ BAD_VALUES = [None, True, "x", -1, 2.5, 10**30, [], [1], {}, [[1]], ["x"], [floa
 def test_a_meta_that_does_not_fit_is_refused(images, vae, cache, tmp_path, key):
     shutil.copytree(cache, tmp_path / "c")
     meta = json.loads((cache / "meta.json").read_text())
-    texts, lists = ("vae", "vae_sha256"), ("encoders",)
+    texts, lists = ("vae", "vae_sha256", "images_sha256", "pixels_sha256"), ("encoders",)
     for value in BAD_VALUES:
-        if (key in texts and value == "x") or (key in lists and value == []):
+        absent = value is None and key in texts[2:]
+        if absent or (key in texts and value == "x") or (key in lists and value == []):
             continue  # these are other caches, and no bad ones
         (tmp_path / "c/meta.json").write_text(json.dumps(meta | {key: value}))
         with pytest.raises(UserError) as error:
             LatentCache(tmp_path / "c")
         assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     (tmp_path / "c/meta.json").write_text(json.dumps({k: meta[k] for k in meta if k != key}))
-    with pytest.raises(UserError, match=f"{key} is missing"):
-        LatentCache(tmp_path / "c")
+    if key not in texts[2:]:  # which caches of earlier versions lack
+        with pytest.raises(UserError, match=f"{key} is missing"):
+            LatentCache(tmp_path / "c")
 
 
 @pytest.mark.parametrize("encoder", [7, {}, {"name": "x"}, {"name": 1, "weights": "x"}])
@@ -577,7 +619,7 @@ def test_what_is_no_cache_is_called_what_it_is(images, vae, tmp_path):
 
 def test_places_for_a_cache_that_are_refused(images, vae, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    for out, word in {images / "c": "inside the data", tmp_path / "file": "file"}.items():
+    for out, word in {images / "c": "lies inside", tmp_path / "file": "file"}.items():
         with pytest.raises(UserError, match=word):
             cache_here(monkeypatch, images, vae, out)
 

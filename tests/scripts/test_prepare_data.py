@@ -1,6 +1,5 @@
 """Packing: the same pixels as the folder, whatever interrupts it."""
 
-import hashlib
 import io
 import json
 import os
@@ -23,6 +22,7 @@ from PIL import Image
 from models.errors import UserError
 from scripts import prepare_data
 from utils import cli, files
+from utils.data.base import hash_images
 from utils.data.registry import open_source
 from utils.data.sampling import StepSampler, make_loader
 from utils.data.sources import packed as packed_data
@@ -154,10 +154,10 @@ def test_changed_settings_are_refused(folder, packed, tmp_path):
         assert "\n" not in str(error.value)
     shutil.copytree(folder, tmp_path / "src")
     (tmp_path / "src/class0/0.png").write_bytes(b"another size")
-    with pytest.raises(UserError, match="begun with source_sha256="):
+    with pytest.raises(UserError, match="begun with other images; use the same"):
         pack(tmp_path / "src", packed)
     (tmp_path / "src/class0/0.png").unlink()
-    with pytest.raises(UserError, match="begun with num_listed=23, now 22, source_sha256="):
+    with pytest.raises(UserError, match="begun with num_listed=23, now 22;"):
         pack(tmp_path / "src", packed)
 
 
@@ -178,7 +178,7 @@ def test_dry_run_and_full_disk_write_nothing(folder, tmp_path, capsys, monkeypat
 
 
 def test_places_that_are_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="inside the data"):
+    with pytest.raises(UserError, match="lies inside"):
         pack(folder, folder / "packed")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds other files \(notes\.txt\)"):
@@ -259,39 +259,99 @@ def test_pixels_are_not_packed_again(packed, tmp_path):
         pack(packed, tmp_path / "out", "--source", "packed")
 
 
-def test_a_folder_that_the_first_version_began_is_finished(folder, packed, tmp_path):
-    """Its plan and records, written out; the arrays of finished shards are kept as they are."""
+def test_a_folder_of_an_earlier_version_is_refused_and_trained_on(folder, packed, tmp_path):
+    """Its plan has names and sizes of files, its records no hashes: whether the pixels are still
+    those of the source is not known."""
     out = tmp_path / "out"
-    out.mkdir()
-    plan = {
-        "format": "repae-packed-1",
-        "crop_version": "adm-center-crop-1",
-        "resolution": 16,
-        "shard_size": 5,
-        "source": "folder",
-        "num_listed": 23,
-        "source_sha256": source_sha256(folder),
-    }
-    (out / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
-    for shard in (0, 2):  # five images, four images and a broken one
-        rows = np.load(packed / f"shard-0000{shard}.npy")
-        np.save(out / f"shard-0000{shard}.npy", rows)
-        record = json.loads((packed / f"shard-0000{shard}.json").read_text())
-        assert list(record) == ["keys", "labels", "skipped"] and len(record["keys"]) == len(rows)
-        (out / f"shard-0000{shard}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "shard-00001.tmp").write_bytes(b"left over")
-    before = {p: p.stat().st_mtime_ns for p in out.glob("shard-*.npy")}
-    pack(folder, out)
-    assert content(out) == content(packed)
-    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+    shutil.copytree(packed, out)
+    plan = json.loads((out / "plan.json").read_text())
+    for name in ("images_sha256", "labels_sha256"):
+        del plan[name]
+    (out / "plan.json").write_text(json.dumps(plan | {"source_sha256": "0" * 64}))
+    for path in out.glob("shard-*.json"):
+        record = json.loads(path.read_text())
+        del record["hashes"]
+        path.write_text(json.dumps(record))
+    meta = json.loads((out / "meta.json").read_text())
+    del meta["pixels_sha256"]
+    (out / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="by an earlier version, without a hash of its images"):
+        pack(folder, out)
+    old, new = open_source("packed", out, 16), open_source("packed", packed, 16)
+    assert old.fingerprint() == new.fingerprint() and torch.equal(old[3][0], new[3][0])
 
 
-def source_sha256(folder: Path) -> str:
-    """Keys with labels, then file sizes, as the first version hashed them."""
-    paths = [p for c in (0, 5, 10) for p in sorted((folder / f"class{c}").iterdir())]
-    lines = [f"{p.relative_to(folder)}\t{('0', '5', '10').index(p.parent.name[5:])}" for p in paths]
-    lines += [str(p.stat().st_size) for p in paths]
-    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+def replace_by_equal_size(path: Path, in_place: bool) -> None:
+    """Other pixels, for which all else is as before: name, size, times."""
+    before, picture = path.stat(), Image.open(path)
+    other = Image.fromarray(255 - np.asarray(picture))
+    other.save(path.with_suffix(".new"), "BMP")
+    if in_place:
+        path.write_bytes(path.with_suffix(".new").read_bytes())
+        path.with_suffix(".new").unlink()
+    else:
+        path.with_suffix(".new").replace(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.fixture
+def bitmaps(tmp_path) -> Path:
+    """Seven uncompressed images in two classes: all files have one size."""
+    rng = np.random.default_rng(1)
+    for i in range(7):
+        path = tmp_path / "bitmaps" / "ab"[i % 2] / f"{i}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), "u1")).save(path)
+    return tmp_path / "bitmaps"
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "by rename"])
+def test_replaced_pictures_are_not_called_packed(bitmaps, tmp_path, in_place):
+    """The finished folder stays as it is; packed anew, it is another data set."""
+    pack(bitmaps, tmp_path / "out")
+    before, old = content(tmp_path / "out"), open_source("packed", tmp_path / "out", 16)
+    replace_by_equal_size(bitmaps / "a/2.bmp", in_place)
+    with pytest.raises(UserError, match=r"was begun with other images; .* or delete"):
+        pack(bitmaps, tmp_path / "out")
+    assert content(tmp_path / "out") == before
+    pack(bitmaps, tmp_path / "anew")
+    new = open_source("packed", tmp_path / "anew", 16)
+    hashes = [json.loads((tmp_path / out / "meta.json").read_text()) for out in ("out", "anew")]
+    assert [m["pixels_sha256"] for m in hashes] == [old.fingerprint(), new.fingerprint()]
+    assert old.fingerprint() != new.fingerprint()
+
+
+def test_the_identity_of_packed_data_is_that_of_their_pixels(bitmaps, tmp_path):
+    """Whatever the shards are, or the container; what is overwritten is another identity."""
+    pack(bitmaps, tmp_path / "a")
+    pack(bitmaps, tmp_path / "b", "--shard-size", 3)
+    a, b = (open_source("packed", tmp_path / out, 16) for out in "ab")
+    pixels = np.stack([x.permute(1, 2, 0).numpy() for x, _ in a])
+    assert a.fingerprint() == b.fingerprint() == hash_images((16, 16), pixels)
+    rows = np.load(tmp_path / "a/shard-00001.npy", mmap_mode="r+")
+    rows[0, 0, 0, 0] ^= 1
+    del rows
+    assert a.fingerprint() != b.fingerprint()
+    with pytest.raises(
+        UserError, match=r"shard-00001\.npy holds other pixels .*; delete shard-00001"
+    ):
+        pack(bitmaps, tmp_path / "a")
+    (tmp_path / "a/shard-00001.json").unlink()
+    pack(bitmaps, tmp_path / "a")
+    assert open_source("packed", tmp_path / "a", 16).fingerprint() == b.fingerprint()
+
+
+def test_pictures_that_are_replaced_while_they_are_packed(bitmaps, tmp_path, monkeypatch):
+    def pack_and_replace(*arguments):
+        packed_data.pack(*arguments)
+        replace_by_equal_size(bitmaps / "a/2.bmp", in_place=True)
+
+    monkeypatch.setattr(prepare_data, "pack", pack_and_replace)
+    with pytest.raises(UserError, match="the data have changed while"):
+        pack(bitmaps, tmp_path / "out")
+    assert not (tmp_path / "out/meta.json").exists()
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
@@ -354,13 +414,14 @@ def test_outputs_that_cannot_be_are_refused(folder, tmp_path):
     "record",
     [
         "{}",
-        '{"keys": 1, "labels": [], "skipped": []}',
-        '{"keys": ["a"], "labels": [1, 2], "skipped": []}',
-        '{"keys": ["a"], "labels": [1], "skipped": []}',
-        '{"keys": [1, 2, 3, 4, 5], "labels": [0, 0, 0, 0, 0], "skipped": []}',
-        '{"keys": ["a", "b", "c", "d", "e"], "labels": [0, 0, 0, 0, -1], "skipped": []}',
-        '{"keys": ["a", "b", "c", "d", "e"], "labels": [0, 0, 0, 0, 9], "skipped": []}',
-        '{"keys": ["a", "b", "c", "d", "e"], "labels": [0, 0, 0, 0, 0], "skipped": [["a"]]}',
+        '{"keys": 1, "labels": [], "hashes": [], "skipped": []}',
+        '{"keys": ["a"], "labels": [1, 2], "hashes": ["0"], "skipped": []}',
+        '{"keys": ["a"], "labels": [1], "hashes": [], "skipped": []}',
+        '{"keys": ["a"], "labels": [1], "hashes": ["0"], "skipped": []}',
+        '{"keys": [1, 2, 3], "labels": [0, 0, 0], "hashes": ["0", "0", "0"], "skipped": []}',
+        '{"keys": ["a", "b"], "labels": [0, -1], "hashes": ["0", "0"], "skipped": []}',
+        '{"keys": ["a"], "labels": [0], "hashes": ["0"], "skipped": [["a"]]}',
+        '{"keys": ["a"], "labels": [0], "hashes": [0], "skipped": []}',
     ],
 )
 def test_records_that_do_not_fit_are_refused(folder, packed, tmp_path, record):

@@ -287,10 +287,11 @@ def test_refusals_of_progress(run_dir, tmp_path):
     out, folder = tmp_path / "a.png", run_dir / "checkpoints/0000002"
     with pytest.raises(UserError, match="name checkpoints like"):
         progress(out)
+    (nothing := tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="no whole checkpoint in"):
-        progress(out, "--run", tmp_path)
+        progress(out, "--run", nothing)
     with pytest.raises(UserError, match="has no sit_ema/"):
-        progress(out, tmp_path)
+        progress(out, nothing)
     with pytest.raises(UserError, match="expected a SiT"):
         progress(out, run_dir / "checkpoints/0000008")
     with pytest.raises(UserError, match="at least 0 and at most 1"):

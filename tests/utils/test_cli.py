@@ -16,6 +16,7 @@ from utils import cli
 from utils.process.ending import say
 from utils.process.heartbeat import NOTHING_TO_SAVE
 from utils.process.signals import SIGNALS
+from utils.process.written import SAMPLES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -187,33 +188,48 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     os.mkfifo(tmp_path / "fifo.npz")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "link.npz").symlink_to(tmp_path / "nothing")
-    wrong = [
-        "link.npz",
-        "folder.npz",
-        "fifo.npz",
-        "file/a.npz",
-        "loop/a.npz",
-        "a.png",
-        f"{'a' * 250}.npz",
-    ]
-    for name in wrong:
+    places = ["link.npz", "folder.npz", "fifo.npz", "file/a.npz", "loop/a.npz", f"{'a' * 250}.npz"]
+    for name in [*places, "a.png", "npz", ".npz"]:
         with pytest.raises(UserError, match="--out"):
-            cli.check_output("--out", tmp_path / name, ".npz")
-    (tmp_path / "in.npz").touch()
-    with pytest.raises(UserError, match="inputs"):
-        cli.check_output("--out", tmp_path / "folder.npz" / ".." / "in.npz", ".npz",
-                         inputs=[tmp_path / "in.npz", None])  # fmt: skip
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/a.png").touch()
-    with pytest.raises(UserError, match="lies in, one of the inputs"):
-        cli.check_output("--out", tmp_path / "data/a.png", inputs=[tmp_path / "data"])
-    cli.check_output("--out", tmp_path / "data/new.png", inputs=[tmp_path / "data"])
+            cli.check_output("--out", tmp_path / name, SAMPLES)
     before = sorted(tmp_path.rglob("*"))
-    cli.check_output("--out", tmp_path / "new" / "folder" / "a.npz", ".npz")
+    cli.check_output("--out", tmp_path / "new" / "folder" / "a.npz", SAMPLES)
     cli.check_output_folder("--out", tmp_path / "new" / "folder")
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(UserError, match="no folder"):
         cli.check_output_folder("--out", tmp_path / "file")
+
+
+def test_an_output_is_no_input_under_any_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = tmp_path / "in.npz"
+    given.touch()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "soft.npz").symlink_to(given)
+    (tmp_path / "hard.npz").hardlink_to(given)
+    for name in ("in.npz", "sub/../in.npz", "soft.npz", "hard.npz", str(given)):
+        with pytest.raises(UserError, match="an input: choose another name"):
+            cli.check_output("--out", Path(name), SAMPLES, inputs=[None, given])
+
+
+def test_nothing_is_written_into_an_input_folder(tmp_path):
+    """A picture there would be trained on. A run takes new files, but not among its checkpoints."""
+    (tmp_path / "data/a").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    (tmp_path / "data/b").symlink_to(tmp_path)
+    for place in ("data/new.npz", "data/a/b/new.npz", "link/a/new.npz", "data/b/new.npz"):
+        with pytest.raises(UserError, match="lies inside the input"):
+            cli.check_output("--out", tmp_path / place, SAMPLES, inputs=[tmp_path / "data"])
+    for place in ("data", "data/a", "link/new"):
+        with pytest.raises(UserError, match=r"an input|lies inside the input"):
+            cli.check_output_folder("--out", tmp_path / place, inputs=[tmp_path / "data"])
+    cli.check_output("--out", tmp_path / "data2/new.npz", SAMPLES, inputs=[tmp_path / "data"])
+    (tmp_path / "data/config.yaml").touch()
+    (tmp_path / "data/checkpoints/0000002").mkdir(parents=True)
+    cli.check_output("--out", tmp_path / "data/new.npz", SAMPLES, inputs=[tmp_path / "data"])
+    place = tmp_path / "data/checkpoints/0000002/new.npz"
+    with pytest.raises(UserError, match="lies inside the input"):
+        cli.check_output("--out", place, SAMPLES, inputs=[tmp_path / "data"])
 
 
 def test_a_folder_is_named_as_the_user_wrote_it(tmp_path):

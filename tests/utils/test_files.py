@@ -5,6 +5,7 @@ import pytest
 from models.errors import UserError
 from utils import files
 from utils.files import (
+    DRAFT,
     format_bytes,
     locked,
     read_json,
@@ -29,6 +30,14 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old"
     write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_text() == "new"
+
+
+def test_a_link_in_the_place_of_a_draft_is_not_followed(tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / f".a.txt{DRAFT}").symlink_to("theirs")
+    write_atomically(tmp_path / "a.txt", "ours")
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert (tmp_path / "a.txt").read_text() == "ours" and not (tmp_path / "a.txt").is_symlink()
 
 
 def test_json_comes_back_and_what_is_none_is_said(tmp_path):

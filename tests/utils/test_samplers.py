@@ -21,6 +21,7 @@ from models.sit import SiT
 from utils import samplers
 from utils.pictures.solvers import gaussian_error
 from utils.samplers import (
+    HEUN_GUIDANCE,
     PRESETS,
     SDE_LAST_TIME,
     SOLVERS,
@@ -394,6 +395,72 @@ def test_guidance_without_a_null_label_is_refused(solver, start):
         with pytest.raises(UserError, match=r"cfg_scale 2\.0.* without a null label"):
             sample(net, *start, solver=solver, steps=3, cfg_scale=2.0)
         assert sample(net, *start, solver=solver, steps=3).isfinite().all()
+
+
+class Wild(torch.nn.Module):
+    """A float64 field of no structure, other for each label; an image does not depend on others."""
+
+    null_label = CLASSES
+
+    def forward(self, x, t, y):
+        t, y = t.view(-1, 1, 1, 1), y.view(-1, 1, 1, 1)
+        return torch.sin(3 * x + 5 * t + y) + x.roll(1, dims=1) * torch.cos(7 * t - y), []
+
+
+def heun_with(noise, y, steps, cfg, low, high, decides, channels):
+    """Heun's method as the reference implementation writes it (samplers.py of REPA-E): `decides` is
+    "predictor", guided by the time at which a step begins; and as SiT and LightningDiT guide
+    (`forward_with_cfg`): only the first `channels`."""
+    net, null, x = Wild(), torch.full_like(y, CLASSES), noise.double()
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+    def velocity(x, t, guided):
+        time = t.expand(len(x))
+        cond, uncond = net(x, time, y)[0], net(x, time, null)[0]
+        v = uncond + cfg * (cond - uncond) if guided else cond
+        return torch.cat([v[:, :channels], cond[:, channels:]], dim=1)
+
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        first = velocity(x, t, low <= t <= high)
+        end = x + (t_next - t) * first
+        if i < steps - 1:
+            inside = low <= (t if decides == "predictor" else t_next) <= high
+            end = x + (t_next - t) * 0.5 * (first + velocity(end, t_next, inside))
+        x = end
+    return x
+
+
+@pytest.mark.parametrize("decides", HEUN_GUIDANCE)
+@pytest.mark.parametrize("channels", [0, 1, 3, 4])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 0.65)])
+def test_every_bit_of_guidance_as_others_write_it(decides, channels, interval, start):
+    """--heun-guidance predictor and --cfg-channels 3 are the formulas of the reference
+    implementations, and the defaults are what they were, in float64 to the last bit."""
+    states = []
+    how = {"cfg_scale": 2.5, "guidance": interval, "on_step": lambda k, t, x: states.append(x) or x}
+    if decides != HEUN_GUIDANCE[0]:
+        how["heun_guidance"] = decides
+    if channels:
+        how["cfg_channels"] = channels
+    sample(Wild(), *start, solver="ode-heun", steps=9, **how)
+    expected = heun_with(*start, 9, 2.5, *interval, decides, channels or 4)
+    assert torch.equal(states[-1], expected)
+    other = next(name for name in HEUN_GUIDANCE if name != decides)
+    crossed = heun_with(*start, 9, 2.5, *interval, other, channels or 4)
+    assert torch.equal(crossed, expected) is (interval == (0.0, 1.0))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_channels_that_are_not_guided_follow_the_conditional_branch(solver, start):
+    """Where channels do not touch each other, they are those of guidance and of none."""
+
+    def draw(**how):
+        generator = ImageNoise(0, range(5))
+        return sample(Jump(), *start, solver=solver, steps=7, generator=generator, **how)
+
+    some = draw(cfg_scale=3.0, cfg_channels=3)
+    assert torch.equal(some[:, :3], draw(cfg_scale=3.0)[:, :3])
+    assert torch.equal(some[:, 3:], draw()[:, 3:])
 
 
 class Jump(torch.nn.Module):

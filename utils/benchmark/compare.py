@@ -8,7 +8,7 @@ from typing import Any, Literal
 from models.errors import UserError, read_json
 from utils.records import Range, RecordError, number, parse_record
 
-FORMAT = "repae-benchmark-1"
+FORMAT = "repae-benchmark-1"  # utils/process/written.py knows results by it
 REMEDY = "give two files that scripts/benchmark.py --json has written"
 # rows of the table: what each is called, and where it stands in a result
 ROWS = {

@@ -5,6 +5,7 @@ from typing import Any
 
 from models.errors import UserError
 from utils import cli
+from utils.process import written
 from utils.sampling.settings import SamplingSettings, flag_of
 
 TRAINING, SAMPLING, LOADING, PREDICTION, COMPARISON = (
@@ -84,9 +85,9 @@ def check(args: argparse.Namespace, defaults: argparse.Namespace) -> str:
     if mode == SAMPLING and args.checkpoint and (args.config or args.overrides):
         raise UserError("--checkpoint brings its networks: leave out --config and key=value")
     inputs = [*args.config, args.checkpoint]
-    for name in ("json", "trace"):
+    for name, kind in (("json", written.BENCHMARK), ("trace", written.TRACE)):
         if out := getattr(args, name):
-            cli.check_output(flag_of(name), out, ".json", inputs)
+            cli.check_output(flag_of(name), out, kind, inputs)
             inputs.append(out)
     return mode
 

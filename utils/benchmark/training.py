@@ -25,6 +25,8 @@ from utils.data.latents import CachedSource
 from utils.data.registry import open_source
 from utils.data.training import join_cache, open_loader, open_training_data
 from utils.distributed import Ranks
+from utils.files import DRAFT
+from utils.process.written import PROGRAM
 from utils.training.batch import to_device
 from utils.training.draws import drawing
 from utils.training.networks import Networks, build_networks
@@ -112,12 +114,15 @@ class Training:
         activities = [ProfilerActivity.CPU]
         activities += [ProfilerActivity.CUDA] * (self.device.type == "cuda")
         with profile(activities=activities) as profiler:
+            profiler.add_metadata("program", PROGRAM)
             for _ in range(TRACED_STEPS):
                 self.step(PhaseClock(self.device))
             machine.synchronize(self.device)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(path))
+            draft = path.with_name(f".{path.name}{DRAFT}")
+            profiler.export_chrome_trace(str(draft))
+            draft.replace(path)
 
 
 def open_made_up(c: Config) -> tuple[Source, Source]:

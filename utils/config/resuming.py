@@ -1,6 +1,6 @@
 """What a run may change when it goes on from a checkpoint, and what it has changed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -28,8 +28,9 @@ REPETITION = ("run.seed", "data.source", "data.path", "data.latents", "encoder.c
 # What a run starts with: without effect later, so that a resumed run cannot change them at all.
 STARTING = ("run.init_from", "vae.name", "vae.weights", "disc.weights", "latent_norm.stats_images")
 
-# Not a setting, but it can be named in run.allow_change: the names of the classes, in order.
-CLASSES = "data.classes"
+# No settings, but they can be named in run.allow_change: the names of the classes, in order, and
+# what the images and the labels hold.
+CLASSES, CONTENT = "data.classes", "data.content"
 MOST_SHOWN = 60  # characters of a value in a message
 MOST_LISTED = 8  # changes in a message
 
@@ -60,15 +61,20 @@ def require_resumable(
     new: Config,
     old_classes: Sequence[str] | None = None,
     new_classes: Sequence[str] | None = None,
+    old_content: Mapping[str, str] | None = None,
+    new_content: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[Any, Any]]:
-    """`changed_settings` since a checkpoint was written, and CLASSES if they have changed.
+    """`changed_settings` since a checkpoint was written, and CLASSES and CONTENT if they have
+    changed.
 
     old: what the run had recorded; new: what it goes on with; likewise the names of the classes,
-    if they are known. `UserError` for changes that `new.run.allow_change` does not allow.
+    and the hashes of what the data hold, if they are known. `UserError` for changes that
+    `new.run.allow_change` does not allow.
     """
     changed = changed_settings(old, new)
     if old_classes is not None and new_classes is not None:
         changed |= _changed_classes(old_classes, new_classes)
+    changed |= _changed_content(old_content or {}, new_content or {})
     fixed = [name for name in changed if is_in(name, STARTING)]
     if fixed:
         raise UserError(
@@ -93,6 +99,13 @@ def _changed_classes(old: Sequence[str], new: Sequence[str]) -> dict[str, tuple[
     differing = ((f"{i} = {a!r}", f"{i} = {b!r}") for i, (a, b) in numbered if a != b)
     first = next(differing, None)
     return {CLASSES: first} if first else {}
+
+
+def _changed_content(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
+    """The first hash that differs, {} if none does of those that both know."""
+    differing = (name for name in old if name in new and old[name] != new[name])
+    first = next(differing, None)
+    return {CONTENT: (f"{first} {old[first][:8]}", new[first][:8])} if first else {}
 
 
 def _listed(changed: dict[str, tuple[Any, Any]], names: Sequence[str]) -> str:

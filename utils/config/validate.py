@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path
 
 from utils.cli import LONGEST_NAME
-from utils.config.resuming import CLASSES, STARTING, is_in
+from utils.config.resuming import CLASSES, CONTENT, STARTING, is_in
 from utils.config.schema import Config, all_settings
 from utils.files import is_one_line
 from utils.samplers import least_steps
@@ -44,7 +44,7 @@ def _value_errors(config: Config) -> Iterator[str]:
             yield f"run.trackers: {name} is unknown, choose from {', '.join(TRACKERS)}"
         elif find_spec(name) is None:
             yield f"run.trackers: {name} is not installed: pip install {name}"
-    names = [CLASSES, *(name for name, *_ in all_settings(config))]
+    names = [CLASSES, CONTENT, *(name for name, *_ in all_settings(config))]
     for name in config.run.allow_change:
         if name not in names:
             yield f"run.allow_change: no setting is called {name}; write names as vae.optim.lr"

@@ -14,11 +14,14 @@ from tqdm import tqdm
 
 from models.errors import UserError, read_json
 from utils import cli
-from utils.data.images import ImageFileError
+from utils.data.content import file_sha256s
+from utils.data.images import CROP_VERSION, ImageFileError
+from utils.data.listing import printable
 from utils.files import TEXT
 
 MOST_CLASSES = 1_000_000  # a larger label is no class number
 MOST_IN_A_ROW = 100  # unreadable images, over the limit, before one is no longer replaced
+HASHED = 64  # images that are read at a time to hash them
 TRIED = 8  # items of which one must be readable before a run starts
 SHOWN_CLASSES = 5  # whose names stand in a line about the data
 
@@ -58,7 +61,7 @@ class Source(ABC):
 
     A new kind of data is a subclass in a file of its own and one row in utils/data/registry.py. It
     must set `resolution` and `classes`, define `__init__`, `__getitem__` and `key`, and either set
-    `labels` or define `__len__`; with `sizes` it can be packed, too. It is pickled when loader
+    `labels` or define `__len__`; with `files` it can be packed, too. It is pickled when loader
     workers start: no open files then.
     """
 
@@ -76,6 +79,8 @@ class Source(ABC):
     labels: np.ndarray | None = None
     # what a user should know of these data, a sentence each; `describe` has the numbers
     notes: Sequence[str] = ()
+    # `content_of` these data, where a run has looked at it
+    content: dict[str, str] | None = None
     # the unreadable images so far, if others are to take their place; None = they are errors
     bad: BadImages | None = None
 
@@ -169,19 +174,23 @@ class Source(ABC):
         """The label of image i, without reading the image where that is possible."""
         return self[i][1] if self.labels is None else int(self.labels[i])
 
-    def sizes(self) -> Iterable[int] | None:
-        """Bytes of the files that hold the encoded images: with the keys, they tell one data set
-        from another without decoding it. None if the source holds pixels."""
+    def files(self) -> Iterable[Path] | None:
+        """The files that hold the encoded images: with the keys, their bytes tell one data set from
+        another without decoding it. None if the source holds pixels."""
         return None
 
     def fingerprint(self) -> str:
-        """sha256 of the resolution, and of the keys and file sizes where there are encoded files
-        (hashing the pixels would decode everything once more), else of the pixels."""
-        size, sizes = (self.resolution, self.resolution), self.sizes()
-        if sizes is not None:
+        """What tells these images from others, in their order: sha256 of resolution, crop, keys and
+        bytes of the files where the images are encoded, else of the pixels (`hash_images`). It is
+        true of what is there now; files that stay the same are read once (content.py)."""
+        size, files = (self.resolution, self.resolution), self.files()
+        if files is not None:
             keys = (self.key(i) for i in range(len(self)))
-            return hash_lines([f"{size}", *keys, *map(str, sizes)])
-        return hash_images(size, (self[i][0].permute(1, 2, 0).numpy() for i in range(len(self))))
+            hashes = file_sha256s(files, unreadable="unreadable")
+            return hash_lines([f"{size}", CROP_VERSION, *keys, *hashes])
+        starts = range(0, len(self), HASHED)
+        batches = (self.read_batch(range(k, min(k + HASHED, len(self))))[0][0] for k in starts)
+        return hash_images(size, (x_u8.permute(0, 2, 3, 1).numpy() for x_u8 in batches))
 
 
 def collate(items: Sequence[tuple], empty: Allocator = torch.empty) -> list[Tensor]:
@@ -210,11 +219,6 @@ def cautions(source: Source) -> list[str]:
             "give the folder that holds the class folders"
         )
     return notes
-
-
-def printable(name: str) -> str:
-    """A name that may hold line breaks or bytes that are no UTF-8, as it can be printed."""
-    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 # --------------------------------------------------------------------------------------
@@ -282,6 +286,16 @@ def read_labels(path: Path, names: Sequence[str]) -> np.ndarray:
 # Fingerprints and names.
 
 
+def content_of(source: Source) -> dict[str, str]:
+    """What is learned from: the fingerprint of the images, and sha256 of the labels if they are
+    known without reading the images."""
+    content = {"images_sha256": source.fingerprint()}
+    if source.labels is not None:
+        labels = map(str, source.labels.tolist())
+        content["labels_sha256"] = hash_lines([*labels, *source.classes])
+    return content
+
+
 def hash_lines(lines: Iterable[str]) -> str:
     """sha256 of strings, each closed by a zero byte."""
     return hashlib.sha256(b"".join(f"{line}\0".encode(*TEXT) for line in lines)).hexdigest()
@@ -290,10 +304,18 @@ def hash_lines(lines: Iterable[str]) -> str:
 def hash_images(size: tuple[int, int], images: Iterable[np.ndarray]) -> str:
     """sha256 of the size (H, W) and of the pixels of uint8 images (H, W, 3), or of blocks
     (n, H, W, 3), in order: the same for the same images, however they are stored."""
-    digest = hashlib.sha256(f"{size[0]}x{size[1]}".encode())
-    for image in images:
-        digest.update(np.ascontiguousarray(image).data)
-    return digest.hexdigest()
+    return join_hashes(size, b"".join(map(image_hashes, images)))
+
+
+def image_hashes(images: np.ndarray) -> bytes:
+    """sha256 of each of the images (n, H, W, 3), or of the one image (H, W, 3), 32 bytes each."""
+    block = np.ascontiguousarray(images).reshape(-1, *images.shape[-3:])
+    return b"".join(hashlib.sha256(image.data).digest() for image in block)
+
+
+def join_hashes(size: tuple[int, int], hashes: bytes) -> str:
+    """What `hash_images` says of images of this size (H, W) with these `image_hashes`."""
+    return hashlib.sha256(f"{size[0]}x{size[1]}".encode() + hashes).hexdigest()
 
 
 class Names(Sequence):

@@ -1,18 +1,19 @@
-"""Cached latents, joined to the images by key; the reader and the writer.
+"""Cached latents, joined to the images by key: the reader. latent_writer.py writes them.
 
 latents-00000.npy ...       (n, F, 2, C, h, w) float16: posterior mean and std; F = 2 with
                             mirrored copies, else 1
 features-K-00000.npy ...    (n, F, T, D) float16: tokens of the K-th encoder, if asked for
-shard-00000.json ...        checksums of its images and sums of its latents
+shard-00000.json ...        checksums and hashes of its images, and sums of its latents
 keys.txt checksums.npy      one key a line, (N,) uint32, in the order of the rows
-plan.json meta.json         what it was made from; written last, with statistics
+plan.json meta.json         what it was made from; written last, with statistics and a hash of all
+                            pixels
 """
 
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,26 +22,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.encoders import Encoder, encoder_weight_file
+from models.encoders import encoder_weight_file
 from models.errors import RecordError, UserError, what_is
 from models.vae import VAE
-from utils.data.base import Allocator, Source
-from utils.data.images import CROP_VERSION, ImageFileError, u8_to_pm1
-from utils.data.latent_stats import ChannelMoments
-from utils.data.sampling import make_loader
+from utils.data.base import Allocator, Source, printable
+from utils.data.content import THREADS
+from utils.data.images import CROP_VERSION, ImageFileError
 from utils.data.sharded import (
-    KEYS,
     META,
-    ShardedFolder,
     ShardedRows,
     load_column,
     load_keys,
     remedy_for_meta,
     shard_file,
 )
-from utils.files import TEXT, sha256_file, write_atomically, write_lines
-from utils.precision import autocast
-from utils.provenance import versions
+from utils.files import sha256_file
 from utils.records import load_record, number
 
 CACHE_FORMAT = "repae-latents-1"
@@ -48,6 +44,7 @@ LATENTS, CHECKSUMS = "latents", "checksums.npy"
 MOST, LEAST_STD = 65504, 1e-8  # what float16 holds, and about its smallest step
 CHECKED_IMAGES = 32  # whose pixels are compared at the start of a run
 OPEN_FILES = 256  # memory maps of one process: each holds a file descriptor
+PART = 64  # images that one of the threads compares in a row
 NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)  # where nothing looks at the image
 
 
@@ -77,6 +74,10 @@ class CacheMeta:
     mean: list[float] = number(at_least=-MOST, at_most=MOST)
     std: list[float] = number(at_least=LEAST_STD, at_most=MOST)
     encoders: list[CachedFeatures]
+    # fingerprint of the data, and the one that the same pixels have where they are packed; caches
+    # of earlier versions have none
+    images_sha256: str | None = None
+    pixels_sha256: str | None = None
 
     def __post_init__(self) -> None:
         channels = self.latent_shape[0]
@@ -86,14 +87,6 @@ class CacheMeta:
         if sum(self.shards) != self.num_images:
             text = f"shards={sum(self.shards)} images in all: expected num_images="
             raise RecordError(f"{text}{self.num_images}")
-
-
-@dataclass(kw_only=True)
-class CacheShard:
-    """What the record of a shard holds: sums of its latents (3, C), and a checksum an image."""
-
-    moments: list[list[float]]
-    checksums: list[int] = number(at_least=0, below=2**32)
 
 
 def cache_rows(layout: dict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -206,8 +199,8 @@ class LatentCache:
         self._expect("features [encoder, tokens, weights]", held, wanted)
 
     def join(self, source: Source) -> np.ndarray:
-        """(N,) int64: the row of each image of `source`; `UserError` unless its images are those of
-        the cache. Some pixels are compared: the same names do not make the same images."""
+        """(N,) int64: the row of each image of `source`; `UserError` unless its images have the
+        names of those of the cache, and some of them the same pixels."""
         keys = load_keys(self.folder, len(self), self._again)
         own = [source.key(i) for i in range(len(source))]
         row_of = {key: row for row, key in enumerate(keys)}
@@ -221,18 +214,46 @@ class LatentCache:
                 f"{'; '.join(words)}; cache the latents again, or correct data.path"
             )
         rows = np.array([row_of[key] for key in own], dtype=np.int64)
-        checksums = load_column(self.folder / CHECKSUMS, len(self), np.uint32, self._again)
-        for i in np.linspace(0, len(rows) - 1, min(CHECKED_IMAGES, len(rows)), dtype=int).tolist():
-            try:
-                found = checksum(source[i][0])
-            except ImageFileError:
-                if source.bad is None:
-                    raise
-                continue  # in training, another image takes its place: see `Source.read`
-            if found != checksums[rows[i]]:
-                text = f"{self.folder} was made from other images: the pixels of {own[i]} differ"
-                raise UserError(f"{text}; cache the latents again, or correct data.path")
+        some = np.linspace(0, len(rows) - 1, min(CHECKED_IMAGES, len(rows)), dtype=int)
+        self._compare(source, rows, some.tolist())
         return rows
+
+    def check_content(self, source: Source, rows: np.ndarray, fingerprint: str) -> None:
+        """`UserError` unless the cache was made from the images of `source`, whose `fingerprint`
+        and `rows` these are. Where the cache knows the fingerprint, no image is read; else (data in
+        another container, a cache of an earlier version) the pixels of all are compared."""
+        known = fingerprint in (self.meta.images_sha256, self.meta.pixels_sha256)
+        if not (known and np.array_equal(rows, np.arange(len(rows)))):
+            self._compare(source, rows, range(len(rows)))
+
+    def _compare(self, source: Source, rows: np.ndarray, indices: Sequence[int]) -> None:
+        """`UserError` unless these images have the pixels that the cache was made from."""
+        checksums = load_column(self.folder / CHECKSUMS, len(self), np.uint32, self._again)
+
+        def differing(part: Sequence[int]) -> list[int]:
+            found = []
+            for i in part:
+                try:
+                    if checksum(source[i][0]) != checksums[rows[i]]:
+                        found.append(i)
+                except ImageFileError:  # in training, another image takes its place: `Source.read`
+                    if source.bad is None:
+                        raise
+            return found
+
+        parts = [indices[k : k + PART] for k in range(0, len(indices), PART)]
+        with tqdm(total=len(indices), desc=f"comparing images with {self.folder}", unit=" images",
+                  disable=len(parts) < 2, mininterval=1) as bar:  # fmt: skip
+            pool = ThreadPoolExecutor(THREADS)
+            try:
+                for part, found in zip(parts, pool.map(differing, parts)):
+                    bar.update(len(part))
+                    if found:
+                        text = f"{self.folder} was made from other images: the pixels of"
+                        text = f"{text} {printable(source.key(found[0]))} differ"
+                        raise UserError(f"{text}; cache the latents again, or correct data.path")
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _expect(self, what: str, found, wanted) -> None:
         if found != wanted:
@@ -258,6 +279,10 @@ class CachedSource(Source):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def check_content(self, fingerprint: str) -> None:
+        """`LatentCache.check_content` of the images, whose fingerprint this is."""
+        self.cache.check_content(self.images, self.rows, fingerprint)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, *tuple[Tensor, ...]]:
         x_u8, y = self.images[i] if self.pixels else (NO_PIXELS, self.images.label(i))
@@ -289,108 +314,3 @@ class CachedSource(Source):
 
     def key(self, i: int) -> str:
         return self.images.key(i)
-
-
-@dataclass
-class CacheWriter:
-    """Fills `folder` with what frozen networks make of the images of `source`. `begin` completes
-    its plan, which is a layout for `cache_rows`, with resolution and precision."""
-
-    folder: ShardedFolder
-    source: Source
-    vae: VAE  # on the device where it runs, as the encoders
-    encoders: list[Encoder]
-    precision: str  # of utils/precision.py
-
-    @contextmanager
-    def begin(self) -> Iterator[list[int]]:
-        """Complete the plan, and hold the folder; gives the shards still to be written. `UserError`
-        if it was begun with other images, networks or settings. For the main process only."""
-        folder, keys = self.folder, "".join(f"{key}\n" for key in self.source.list_keys())
-        pairs = zip(folder.plan["encoders"], self.encoders)
-        folder.plan |= {
-            "format": CACHE_FORMAT,
-            "crop_version": CROP_VERSION,
-            "num_images": len(self.source),
-            "keys_sha256": hashlib.sha256(keys.encode(*TEXT)).hexdigest(),
-            "vae_sha256": weights_digest(self.vae),
-            "encoders": [entry | {"sha256": weights_digest(net)} for entry, net in pairs],
-            "shard_size": folder.shard_size,
-        }
-        folder.check_plan()
-        with folder.locked():
-            self._check_finished_shards()
-            folder.begin()
-            yield folder.unfinished()
-
-    def _check_finished_shards(self) -> None:
-        """`UserError` where the first image of a finished shard has other pixels, same name."""
-        for shard in sorted({*range(self.folder.num_shards)} - {*self.folder.unfinished()}):
-            first = self.folder.items(shard)[0]
-            if self.folder.record(shard, CacheShard).checksums[:1] != [
-                checksum(self.source[first][0])
-            ]:
-                text = f"{self.folder.folder} was begun with other images: the pixels of"
-                key = self.source.key(first)
-                raise UserError(f"{text} {key} differ; use the same images, or another OUT")
-
-    def write(self, shards: list[int], batch_size: int, workers: int, progress: bool) -> None:
-        """Encode and write these shards, one after the other."""
-        images = [self.folder.items(shard) for shard in shards]
-        starts = [(items, k) for items in images for k in range(0, len(items), batch_size)]
-        batches = [list(items[k : k + batch_size]) for items, k in starts]
-        on_gpu = next(self.vae.parameters()).is_cuda
-        loader = iter(make_loader(self.source, batches, workers, on_gpu))
-        total = sum(map(len, images))
-        with tqdm(total=total, unit="img", disable=not progress, mininterval=1) as bar:
-            for shard, indices in zip(shards, images):
-                parts = (next(loader)[0] for _ in range(0, len(indices), batch_size))
-                self._write_shard(shard, parts, bar)
-
-    def _write_shard(self, shard: int, parts: Iterator[Tensor], bar: tqdm) -> None:
-        arrays, plan = self.folder.draft(shard), self.folder.plan
-        moments, checksums = ChannelMoments(plan["latent_shape"][0]), []
-        for x_u8 in parts:
-            at = slice(len(checksums), len(checksums) + len(x_u8))
-            rows = self._encode(x_u8, plan["copies"])
-            for array, row in zip(arrays.values(), rows):
-                array[at] = row.numpy()
-            moments.add(*rows[0].flatten(0, 1).unbind(1))
-            checksums += map(checksum, x_u8)
-            bar.update(len(x_u8))
-        self.folder.seal(shard, {"moments": moments.sums.tolist(), "checksums": checksums})
-
-    @torch.no_grad()
-    def _encode(self, x_u8: Tensor, copies: int) -> list[Tensor]:
-        """Images (n, 3, H, W) uint8 => their rows of every array, (n, copies, ...) float16 on the
-        CPU. `UserError` if one is not finite."""
-        x, views = u8_to_pm1(x_u8.to(next(self.vae.parameters()).device).contiguous()), []
-        for pixels in (x, x.flip(-1))[:copies]:
-            with autocast(x.device, self.precision):
-                posterior = self.vae.encode(pixels)
-                feats = [encoder(pixels).float() for encoder in self.encoders]
-            views.append([torch.stack([posterior.mean, posterior.std], dim=1), *feats])
-        rows = [torch.stack(views, dim=1).half().cpu() for views in zip(*views)]
-        if not all(array.isfinite().all() for array in rows):
-            text = "the latents or features are not finite in float16: the network does not fit"
-            raise UserError(f"{text} these images, or needs --precision fp32")
-        return rows
-
-    def finish(self, vae: str) -> None:
-        """Join the records of all shards; write meta.json last. `vae`: its name, for messages."""
-        folder, records = self.folder, self.folder.records(CacheShard)
-        moments = ChannelMoments(folder.plan["latent_shape"][0])
-        for shard, record in enumerate(records):
-            size = [len(record.checksums), len(record.moments), *{*map(len, record.moments)}]
-            if size != [len(folder.items(shard)), *moments.sums.shape]:
-                path = folder.record_file(shard)
-                text = f"{path} does not fit the images and channels of its shard; delete it, and"
-                raise UserError(f"{text} run the same command again")
-        moments.sums += sum(torch.tensor(r.moments, dtype=torch.float64) for r in records)
-        mean, std = moments.result()
-        checksums = np.array([c for r in records for c in r.checksums], dtype=np.uint32)
-        write_atomically(folder.folder / CHECKSUMS, lambda file: np.save(file, checksums))
-        write_lines(folder.folder / KEYS, self.source.list_keys())
-        lengths = [len(record.checksums) for record in records]
-        stats = {"shards": lengths, "mean": mean.tolist(), "std": std.tolist()}
-        folder.finish(folder.plan | {"vae": vae} | stats | {"versions": versions()})

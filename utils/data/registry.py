@@ -11,13 +11,13 @@ import difflib
 import os
 from fnmatch import fnmatch
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import UserError, shown, what_is
 from utils import cli
 from utils.cli import FLAGS, SETTINGS
+from utils.data.listing import holds_images
 from utils.files import read_record
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ FOLDERS = (
     ("*.tar", "", "tar archives (webdataset): unpack them into class folders"),
     ("*.zip", "", "zip archives: unpack them"),
 )
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 WALKED = 100  # folders in which images are looked for
 
 
@@ -155,20 +154,10 @@ def _folder_of_another_kind(root: Path, name: str, words: cli.SourceWords) -> st
         _, kind, text = next(marks, ("", "", ""))
     if text:
         return None if kind == name else _named(text, words)
-    images = (f for _, _, files in islice(os.walk(root), WALKED) for f in files)
-    if name != "folder" and any(f.lower().endswith(PICTURES) for f in images):
+    if name != "folder" and holds_images(root, WALKED):
         text = "a folder of images: {folder}, or pack them by scripts/prepare_data.py"
         return _named(text, words)
     return None
-
-
-def check_not_inside(flag: str, out: Path, path: str | Path | None) -> None:
-    """`UserError` if the output, the argument `flag`, would lie among the data at `path`."""
-    if path is None:
-        return
-    data, place = (Path(os.path.realpath(p)) for p in (path, out))
-    if data in (place, *place.parents):
-        raise UserError(f"{flag} {out} lies inside the data {path}; choose another place")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

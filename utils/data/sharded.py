@@ -9,9 +9,8 @@ folder/meta.json            written last: a folder with it is finished
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
@@ -26,6 +25,8 @@ from utils.records import Record, load_record
 PLAN = "plan.json"
 META = "meta.json"
 KEYS = "keys.txt"  # of formats with keys: one a line, in the order of the rows
+# names in plans of formats that are made of images: `utils.data.base.content_of` these
+CONTENT = ("images_sha256", "labels_sha256")
 
 
 @dataclass
@@ -74,12 +75,15 @@ class ShardedFolder:
             begun = read_json(path, remedy)
             if not isinstance(begun, dict):
                 raise UserError(f"{path} holds {shown(begun)}, expected an object; {remedy}")
+            if CONTENT[0] in self.plan and CONTENT[0] not in begun:
+                text = f"{self.folder} was begun by an earlier version, without a hash of its"
+                raise UserError(f"{text} images: whether they are the same is not known; {remedy}")
             plans = [begun, self.plan]
             if names is not None:
                 plans = [{k: v for k, v in plan.items() if k in names} for plan in plans]
             if changed := plan_differences(*plans):
-                text = f"{self.folder} was begun with {', '.join(changed)}; use the same input and"
-                raise UserError(f"{text} settings, or another folder")
+                text = f"{self.folder} was begun with {', '.join(changed)}"
+                raise UserError(f"{text}; use the same input and settings, or {remedy}")
         elif os.path.lexists(self.folder) and not os.path.isdir(self.folder):
             text = f"{self.folder} is a file" if os.path.isfile(self.folder) else (
                 f"{self.folder} is {what_is(self.folder)}")  # fmt: skip
@@ -109,6 +113,12 @@ class ShardedFolder:
             if self.unfinished():
                 (self.folder / META).unlink(missing_ok=True)
             write_json(self.folder / PLAN, self.plan)
+
+    def require_unchanged(self, content: dict[str, str]) -> None:
+        """`UserError` unless what the folder was made of is still what its plan says."""
+        if plan_differences({name: self.plan[name] for name in content}, content):
+            text = f"the data have changed while {self.folder} was made from them"
+            raise UserError(f"{text}: delete it, and run the same command again")
 
     def _make(self) -> None:
         try:
@@ -217,8 +227,15 @@ class ShardedFolder:
         return [self.record(shard, kind) for shard in range(self.num_shards)]
 
     def remove(self) -> None:
-        """Delete the folder with all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the files of the folder, if it was begun with this plan, and then the folder, if
+        that is empty."""
+        plan = self.folder / PLAN
+        with suppress(OSError):
+            if read_record(plan) == self.plan:
+                # the plan last: it tells whose folder this is
+                for file in sorted(self.folder.iterdir(), key=lambda path: path == plan):
+                    file.unlink()
+            self.folder.rmdir()
 
 
 def shard_file(folder: Path, array: str, shard: int) -> Path:
@@ -234,9 +251,11 @@ def remedy_for_meta(folder: Path, kind: str, again: str, other: str) -> str:
 
 
 def plan_differences(begun: dict, plan: dict) -> list[str]:
-    """A phrase such as "seed=1, now 2" for each name in which two plans differ."""
+    """A phrase such as "seed=1, now 2", or "other images", for each name that differs."""
     return [
-        f"{name}={_short(begun.get(name))}, now {_short(plan.get(name))}"
+        f"other {name.partition('_')[0]}"
+        if name in CONTENT
+        else f"{name}={_short(begun.get(name))}, now {_short(plan.get(name))}"
         for name in plan | begun  # in the order of `plan`
         if begun.get(name) != plan.get(name)
     ]
@@ -362,12 +381,14 @@ class ShardedRows:
         return shards, indices - self._ends[shards]
 
     def _map(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
+        rows = self._maps.get(shard)
+        if rows is None:
             if len(self._maps) >= self.open_files:
-                del self._maps[next(iter(self._maps))]
+                self._maps.pop(next(iter(self._maps)), None)  # another thread may be faster
             try:
                 # a plain array over the map: its rows are taken without numpy.memmap's overhead
-                self._maps[shard] = np.asarray(npy.open_memmap(self.files[shard], "r"))
+                rows = np.asarray(npy.open_memmap(self.files[shard], "r"))
             except (OSError, ValueError) as error:  # since the start, it went away
                 raise UserError(f"{self.files[shard]} {error}; {self.remedy}") from error
-        return self._maps[shard]
+            self._maps[shard] = rows
+        return rows

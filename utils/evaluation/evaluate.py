@@ -1,6 +1,6 @@
 """Samples against a reference: one code path for evaluate_fid.py and for evaluation in training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -8,38 +8,49 @@ import torch
 from models.errors import UserError
 from models.weights import short
 from utils.distributed import Ranks
-from utils.evaluation.images.image_sets import ImageSet, open_images, record_beside
+from utils.evaluation.comparable import assess
+from utils.evaluation.formulas.frechet import Statistics
+from utils.evaluation.formulas.uncertainty import GROUPS
+from utils.evaluation.images.beside import check_content, record_beside
+from utils.evaluation.images.image_sets import ImageSet, open_images
 from utils.evaluation.images.npz_images import npz_members
 from utils.evaluation.metrics import METRICS, Metric, Pair, select_metrics
 from utils.evaluation.networks import FeatureNet, load_network
-from utils.evaluation.options import Options, sampling_settings
+from utils.evaluation.options import Options
 from utils.evaluation.reference import Reference
-from utils.evaluation.report import add_result, assess_comparability, new_record
-from utils.evaluation.statistics import collect
+from utils.evaluation.report import add_result, metric_name, new_record
+from utils.evaluation.statistics import Progress, collect
 from utils.precision import exact_float32
 
 
 def evaluate(
     samples, reference, options: Options | None = None, *, net: FeatureNet | None = None,
-    ranks: Ranks | None = None, progress: Callable[[str], Callable[[int], None]] | None = None,
+    ranks: Ranks | None = None, progress: Callable[[str], Progress] | None = None,
 ) -> dict:  # fmt: skip
     """Measure `samples` against `reference` => a JSON-able record (utils.evaluation.report).
 
     Both may be anything `open_images` takes, also images in memory: a uint8 tensor (N, 3, H, W) or
-    array (N, H, W, 3). The reference may also be ADM's .npz, or None for metrics that need none.
+    array (N, H, W, 3). The reference may also be ADM's .npz, a `Reference` that is open already, or
+    None for metrics that need none.
     Every rank makes the call with the same arguments and gets the record; with
     `Ranks(distributed=False)` a rank works alone. `net` replaces loading `options.features`;
-    `progress(what)` returns a callback that takes the number of images done. Raises `UserError`.
+    `progress(what)` returns a callback that takes the number of images done, and of all images.
+    Raises `UserError`.
     """
     options, ranks = options or Options(), ranks or Ranks(device=net.device if net else None)
     refuse_swapped(samples, reference)
-    images, beside = open_images(samples), record_beside(samples)
-    target = None if reference is None else Reference(reference, images.size[0])
+    images = open_images(samples)
+    target = reference
+    if not (reference is None or isinstance(reference, Reference)):
+        target = Reference(reference, images.size[0])
     _check_sizes(images, target)
     if net is None:
         net = load_network(options, ranks)
         check_network(net, images.size)
     metrics, left_out = check_possible(images, target, options.metrics, net)
+    errors = options.uncertainty and len(images) >= 2 * GROUPS
+    if options.uncertainty and not errors:
+        left_out.append(f"standard errors left out: they need at least {2 * GROUPS} images")
 
     compared = [metric for metric in metrics if metric.needs_reference]
     of_reference = {}
@@ -52,22 +63,33 @@ def evaluate(
         )  # fmt: skip
     of_samples = collect(
         images, net, dict.fromkeys(metric.feature for metric in metrics), ranks,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size, workers=options.workers,
         rows_of={metric.feature for metric in metrics if metric.sample_rows},
+        groups={m.feature: GROUPS for m in metrics if errors and m.error and not m.sample_rows},
         progress=progress and progress("samples"),
     )  # fmt: skip
 
-    record = new_record(net, images, ranks.on_main(images.fingerprint), beside)
-    record["reference"] = target.facts if target else None
+    content = ranks.on_main(images.fingerprint)
+    beside, note = check_content(images.record, content, images.name)
+    record = new_record(net, images, content, beside)
+    record["warnings"] += [note] if note else []
+    record["reference"] = dict(target.facts) if target else None
     record["warnings"] += left_out + _remarks(images, record)
+    record["warnings"] += target.notes(net.family) if target else []
 
     def complete() -> dict:
         pairs = {name: Pair(of_reference.get(name), each, net, options.pr_mode)
                  for name, each in of_samples.items()}  # fmt: skip
         with exact_float32():
             for metric in metrics:
-                add_result(record, metric, metric.compute(pairs[metric.feature]), net)
-        assess_comparability(record, net, "statistics_sha256" in (record["reference"] or {}))
+                pair = pairs[metric.feature]
+                result = metric.compute(pair)
+                if errors and metric.error:
+                    result.details |= {"standard_error": metric.error(pair),
+                                       "uncertainty": metric.error_by}  # fmt: skip
+                add_result(record, metric, result, net)
+        record["samples"]["copies"] = _count_copies(images, of_samples.values())
+        assess(record, {metric_name(m, net, record["n"]): m.name for m in metrics})
         return record
 
     return ranks.on_main(complete)
@@ -136,7 +158,7 @@ def _undefined(metric: Metric, family: str, target: Reference | None) -> str | N
         return None
     if target is None:
         return "needs a --reference"
-    return target.missing(metric.feature, rows=metric.reference_rows)
+    return target.missing(family, metric.feature, rows=metric.reference_rows)
 
 
 def refuse_swapped(samples, reference) -> None:
@@ -147,7 +169,7 @@ def refuse_swapped(samples, reference) -> None:
     if samples_npz and npz_members(Path(samples)) >= {"mu", "sigma"}:
         raise UserError(f"{samples} holds statistics of a reference (mu, sigma): {remedy}")
     if all(paths):
-        sampled = [bool(sampling_settings(record_beside(s))) for s in (samples, reference)]
+        sampled = [record_beside(s)[0] is not None for s in (samples, reference)]
         if sampled == [False, True]:
             raise UserError(f"{reference} has a sampling record beside it, {samples} has none: "
                             f"{remedy}")  # fmt: skip
@@ -172,13 +194,22 @@ def _check_counts(metrics: list[Metric], images: ImageSet, target: Reference | N
                                 f"least {metric.least_images}; give more images")  # fmt: skip
 
 
+def _count_copies(images: ImageSet, statistics: Collection[Statistics]) -> int | None:
+    """How many images equal an earlier one, by their hashes or else by their features; None if
+    neither was kept. For the main process."""
+    rows = images.hashes if images.hashed else next(
+        (each.rows for each in statistics if each.rows is not None), None
+    )  # fmt: skip
+    return None if rows is None else len(rows) - len({hash(row.tobytes()) for row in rows})
+
+
 def _remarks(images: ImageSet, record: dict) -> list[str]:
     """What the reader should know about the samples."""
     remarks = []
     if images.lossy:
         remarks.append(f"{images.name} holds lossily compressed images: they move the distances")
     if images.kind.startswith("npz") and record["samples"]["uint8_rule"] is None:
-        remarks.append("no record beside the samples: uint8 rule and label sampling are unknown")
+        remarks.append("the samples have no record: uint8 rule and label sampling are unknown")
     reference = record["reference"] or {}
     if reference.get("content_sha256") == record["samples"]["content_sha256"]:
         remarks.append("samples and reference are the same images")

@@ -32,6 +32,11 @@ IS_SHUFFLE_SEED = 2020
 IS_ORDER_TOLERANCE = 0.02
 # precision and recall: ADM takes the 3rd nearest neighbour, the point itself not counted
 PR_NEIGHBOUR = 3
+# KID is a mean over random subsets of each set; the seed is that of torch-fidelity
+KID_SUBSETS, KID_SIZE, KID_SEED = 100, 1000, 2020
+# how a standard error is found
+JACKKNIFE = "jackknife over 13 interleaved groups of the samples, the reference fixed"
+BINOMIAL = "binomial: a share of independent points"
 
 
 @dataclass
@@ -59,6 +64,15 @@ class Pair:
         from utils.evaluation.formulas.manifolds import precision_recall
 
         return precision_recall(*self.rows(), k=PR_NEIGHBOUR, mode=self.pr_mode)
+
+    @cached_property
+    def kid(self) -> tuple[np.ndarray, np.ndarray]:
+        """KID of each subset, and without each group of a jackknife."""
+        from utils.evaluation.formulas.scores import kid_of_subsets
+
+        reference, samples = self.rows()
+        subsets, size = kid_subsets(len(reference), len(samples))
+        return kid_of_subsets(samples, reference, subsets=subsets, size=size, seed=KID_SEED)
 
 
 @dataclass
@@ -95,6 +109,14 @@ class Metric:
     sample_rows: bool = False
     # smallest number of images of each set
     least_images: int = 2
+    # which way is better, and whether its expectation is the same for any number of samples
+    higher_is_better: bool = False
+    unbiased: bool = False
+    # its standard error, see formulas/uncertainty.py: from `sample_rows`, or without them from the
+    # groups of the samples' statistics; None = there is none
+    error: Callable[[Pair], float] | None = None
+    # how that is found, for the record
+    error_by: str = JACKKNIFE
     # whether it is computed when no metrics are named
     by_default: bool = True
 
@@ -149,6 +171,46 @@ def inception_score(pair: Pair) -> Result:
     return result
 
 
+def frechet_error(pair: Pair) -> float:
+    from utils.evaluation.formulas import uncertainty
+
+    return uncertainty.frechet_error(pair.reference, pair.samples)
+
+
+def inception_score_error(pair: Pair) -> float:
+    from utils.evaluation.formulas import scores, uncertainty
+
+    assert pair.net.fc_weight is not None
+    rows, weight = pair.samples.rows, pair.net.fc_weight.float().cpu()
+    without = scores.inception_score_without(rows, weight, split_size=IS_SPLIT)
+    return uncertainty.jackknife(without)
+
+
+def kid_subsets(n_reference: int, n: int) -> tuple[int, int]:
+    """Number and size of the subsets of KID; of sets that are smaller than the subsets, all images
+    are taken, once."""
+    size = min(KID_SIZE, n_reference, n)
+    return (1 if size == max(n_reference, n) else KID_SUBSETS), size
+
+
+def kid(pair: Pair) -> Result:
+    """Kernel Inception Distance: unbiased, and so comparable between numbers of images."""
+    n_reference, n = len(pair.reference.rows), len(pair.samples.rows)
+    (subsets, size), (values, _) = kid_subsets(n_reference, n), pair.kid
+    protocol = {"subsets": subsets, "subset_size": size, "seed": KID_SEED, "degree": 3,
+                "n_reference": n_reference, "n": n}  # fmt: skip
+    result = Result(float(values.mean()), {"std": float(values.std())}, {"kid": protocol})
+    if size < KID_SIZE:
+        result.warnings.append(f"is of subsets of {size} images, published ones of {KID_SIZE}")
+    return result
+
+
+def kid_error(pair: Pair) -> float:
+    from utils.evaluation.formulas import uncertainty
+
+    return uncertainty.jackknife(pair.kid[1])
+
+
 def precision(pair: Pair) -> Result:
     """Share of the samples that lie in the manifold of the reference."""
     return _with_protocol(pair, pair.precision_recall[0])
@@ -159,6 +221,20 @@ def recall(pair: Pair) -> Result:
     return _with_protocol(pair, pair.precision_recall[1])
 
 
+def precision_error(pair: Pair) -> float:
+    from utils.evaluation.formulas import uncertainty
+
+    return uncertainty.share_error(pair.precision_recall[0], len(pair.samples.rows))
+
+
+def recall_error(pair: Pair) -> float:
+    from utils.evaluation.formulas import uncertainty
+
+    # the manifold is as uncertain as the samples are few
+    n = min(len(pair.samples.rows), len(pair.reference.rows))
+    return uncertainty.share_error(pair.precision_recall[1], n)
+
+
 def _with_protocol(pair: Pair, share: float) -> Result:
     protocol = {"k": PR_NEIGHBOUR, "mode": pair.pr_mode,
                 "n_reference": len(pair.reference.rows), "n": len(pair.samples.rows)}  # fmt: skip
@@ -166,16 +242,21 @@ def _with_protocol(pair: Pair, share: float) -> Result:
 
 
 METRICS: dict[str, Metric] = by_name(
-    Metric("fid", frechet, other="FD",
+    Metric("fid", frechet, other="FD", error=frechet_error,
            published={"inception": ("gFID-50K", "FID"), "dinov2": ("FD-DINOv2-50K", "FD-DINOv2")}),
     Metric("sfid", frechet, {"inception": ("sFID-50K", "sFID")}, other="sFD",
-           feature="spatial", families=("inception",)),
+           feature="spatial", families=("inception",), error=frechet_error),
     Metric("is", inception_score, {"inception": ("IS-50K", "IS")}, other="IS",
-           families=("inception",), needs_reference=False, sample_rows=True),
+           families=("inception",), needs_reference=False, sample_rows=True,
+           error=inception_score_error, higher_is_better=True),
     Metric("precision", precision, {"inception": ("precision", "precision")}, other="precision",
-           reference_rows=True, sample_rows=True, least_images=PR_NEIGHBOUR + 1),
+           reference_rows=True, sample_rows=True, least_images=PR_NEIGHBOUR + 1,
+           error=precision_error, error_by=BINOMIAL, higher_is_better=True, unbiased=True),
     Metric("recall", recall, {"inception": ("recall", "recall")}, other="recall",
-           reference_rows=True, sample_rows=True, least_images=PR_NEIGHBOUR + 1),
+           reference_rows=True, sample_rows=True, least_images=PR_NEIGHBOUR + 1,
+           error=recall_error, error_by=BINOMIAL, higher_is_better=True),
+    Metric("kid", kid, {"inception": ("KID-50K", "KID")}, other="KD", reference_rows=True,
+           sample_rows=True, error=kid_error, unbiased=True, by_default=False),
 )  # fmt: skip
 
 
@@ -233,13 +314,16 @@ def lpips(pictures: Pictures) -> Tensor:
 
 RFID = {"inception": ("rFID-50K", "rFID"), "dinov2": ("rFD-DINOv2-50K", "rFD-DINOv2")}
 VAE_METRICS: dict[str, VaeMetric] = by_name(
-    VaeMetric("rfid", "features of the same images before and after, both as uint8",
+    VaeMetric("rfid", "features of the same images before and after, both as uint8, Inception's by "
+              "TF1 bilinear as RAE has them (pytorch-fid's half-pixel bilinear: another number)",
               protocol_name="frechet", features=Metric("rfid", frechet, RFID, other="rFD"),
               least_images=2),
-    VaeMetric("psnr", "dB per image on uint8, mse floored at 1e-10 of [0, 1], mean over images",
+    VaeMetric("psnr", "dB per image on uint8, mse floored at 1e-10 of [0, 1], mean over images, as "
+              "RAE has it (torchmetrics' default averages the mse first: lower)",
               pictures=partial(psnr_or_ssim, "psnr")),
     VaeMetric("ssim", "uint8 RGB, 11x11 Gaussian window of sigma 1.5, only where it lies inside, "
-              "mean over images", pictures=partial(psnr_or_ssim, "ssim"), least_side=11),
+              "mean over images, as scikit-image's Gaussian one (torchmetrics' and LightningDiT's "
+              "differ by up to 0.006)", pictures=partial(psnr_or_ssim, "ssim"), least_side=11),
     VaeMetric("lpips", "lpips package, net=vgg, version 0.1, inputs in [-1, 1], clamped",
               pictures=lpips, needs_lpips=True, by_default=False, least_side=16),
     VaeMetric("latents", "un-normalised posterior; spatial variance of a map, and total variation "

@@ -36,6 +36,7 @@ from models.weights import (
     short,
 )
 from utils.distributed import Ranks
+from utils.evaluation.images.reader import Prepare, upload
 from utils.evaluation.options import PUBLISHED, Options, parse_features
 from utils.files import sha256_file
 from utils.precision import exact_float32
@@ -45,7 +46,8 @@ from utils.records import number, parse_record
 @dataclass
 class FeatureNet:
     """A loaded feature network. `forward` takes uint8 (N, 3, H, W) on `device` and gives
-    {"pool": (N, D) float32}; Inception also gives "spatial"."""
+    {"pool": (N, D) float32}; Inception also gives "spatial". The host waits for the device in
+    neither, except for images on a GPU that `prepare` needs on the CPU."""
 
     # inception, dinov2, timm or pixel
     family: str
@@ -59,12 +61,20 @@ class FeatureNet:
     forward: Callable[[torch.Tensor], dict[str, torch.Tensor]]
     # (1008, 2048) weight of the classifier, inception only
     fc_weight: torch.Tensor | None = None
+    # what is done to images on the CPU before `forward`; readers do it in their threads
+    prepare: Prepare | None = None
 
     @torch.no_grad()
-    def __call__(self, x_u8: torch.Tensor) -> dict[str, torch.Tensor]:
+    def __call__(self, x_u8: torch.Tensor, prepared: bool = False) -> dict[str, torch.Tensor]:
+        """Features of images (N, 3, H, W); `prepared`: they have been through `prepare`."""
         assert x_u8.dtype == torch.uint8 and x_u8.shape[1] == 3, (x_u8.dtype, x_u8.shape)
+        if self.prepare and not prepared:
+            images = x_u8.permute(0, 2, 3, 1).cpu().numpy()
+            with ThreadPoolExecutor() as pool:
+                done = [*pool.map(self.prepare, np.split(images, len(images)))]
+            x_u8 = torch.from_numpy(np.concatenate(done)).permute(0, 3, 1, 2)
         with exact_float32(), torch.autocast(self.device.type, enabled=False):
-            return self.forward(x_u8.to(self.device))
+            return self.forward(upload(x_u8, self.device))
 
 
 def load_network(options: Options, ranks: Ranks) -> FeatureNet:
@@ -114,23 +124,28 @@ def _pixels(x_u8: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"pool": F.adaptive_avg_pool2d(x_u8.float() / 255, 12).flatten(1)}
 
 
+def load_inception(path: Path) -> Any:
+    """torch-fidelity's Inception with the weights of a file."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    # torch-fidelity unpickles the file it is given; it gets a copy that holds tensors alone
+    torch.save(state := read_state(path), tensors := io.BytesIO())
+    tensors.seek(0)
+    try:
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], tensors)
+    except (RuntimeError, KeyError) as error:  # from load_state_dict
+        raise UserError(f"weights of {path} do not fit Inception: {short(error)}") from None
+    require_match(net.state_dict(), state, path, "Inception")
+    require_finite(state, path)
+    return net
+
+
 class ADMInception:
     """torch-fidelity's Inception as `net`, with the features that the ADM suite takes for sFID: the
     first 7 channels of its `mixed_6/conv`, the ReLU output of Mixed_6d's 1x1 branch here."""
 
-    def __init__(self, path: Path, device: torch.device | str = "cpu"):
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        # torch-fidelity unpickles the file it is given; it gets a copy that holds tensors alone
-        torch.save(state := read_state(path), tensors := io.BytesIO())
-        tensors.seek(0)
-        try:
-            net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], tensors)
-        except (RuntimeError, KeyError) as error:  # from load_state_dict
-            raise UserError(f"weights of {path} do not fit Inception: {short(error)}") from None
-        require_match(net.state_dict(), state, path, "Inception")
-        require_finite(state, path)
-        self.net: Any = net.to(device)
+    def __init__(self, net: Any):
+        self.net: Any = net
         self.spatial: Any = None
         net.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
@@ -145,7 +160,7 @@ class ADMInception:
 
 
 def _inception(path: Path, sha256: str, device: torch.device) -> FeatureNet:
-    inception = ADMInception(path, device)
+    inception = ADMInception(_on(load_inception(path), device))
     facts = {"network": "inception-2015-12-05 (torch-fidelity)", "weights_sha256": sha256,
              "resize": "tf1_bilinear to 299", "range": "(x - 128) / 128",
              "tf32": False}  # fmt: skip
@@ -182,8 +197,9 @@ def _dinov2(path: Path, sha256: str, device: torch.device, name="vit_large_patch
     facts = {"network": f"{name} (timm), hub-style pos_embed", "weights_sha256": sha256,
              "resize": "PIL bicubic to 224, uint8", "range": "ImageNet mean and std",
              "feature": "class token after the final norm", "tf32": False}  # fmt: skip
-    forward = _pooled_features(net, _pil_resize, device)
-    return FeatureNet("dinov2", *_label("dinov2", sha256), facts, device, forward)
+    forward = _pooled_features(net, lambda x_u8: x_u8, device)
+    label = _label("dinov2", sha256)
+    return FeatureNet("dinov2", *label, facts, device, forward, prepare=_pil_resize)
 
 
 def _timm(name: str, checkpoint: str | None, download: bool, device: torch.device) -> FeatureNet:
@@ -231,8 +247,15 @@ def _pooled_features(net, resize: Callable, device: torch.device) -> Callable:
     """The `forward` of a timm network for images that `resize` brings to its size."""
     mean, std = (torch.tensor(net.pretrained_cfg[key], device=device).view(1, 3, 1, 1)
                  for key in ("mean", "std"))  # fmt: skip
-    net = net.to(device).eval().requires_grad_(False)
+    net = _on(net, device).eval().requires_grad_(False)
     return lambda x_u8: {"pool": net((resize(x_u8).float() / 255 - mean) / std).float()}
+
+
+def _on(net, device: torch.device):
+    """The network on `device`; on a GPU in the layout in which images arrive there."""
+    if device.type == "cuda":
+        return net.to(device, memory_format=torch.channels_last)
+    return net.to(device)
 
 
 def _input_size(net, path: Path) -> tuple[int, int] | None:
@@ -278,12 +301,7 @@ def _tensor_resize(size: tuple[int, int] | None, x_u8: torch.Tensor) -> torch.Te
     return F.interpolate(x_u8.float(), size=size, mode="bicubic", antialias=smaller)
 
 
-def _pil_resize(x_u8: torch.Tensor, size: int = 224) -> torch.Tensor:
-    """dgm-eval's resize: PIL bicubic straight to 224x224, rounded to uint8."""
-
-    def resized(image: np.ndarray) -> np.ndarray:
-        return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-
-    with ThreadPoolExecutor() as pool:
-        images = list(pool.map(resized, x_u8.permute(0, 2, 3, 1).cpu().numpy()))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(x_u8.device)
+def _pil_resize(images: np.ndarray, size: int = 224) -> np.ndarray:
+    """dgm-eval's resize of images (N, H, W, 3): PIL bicubic straight to 224x224, as uint8."""
+    to, rule = (size, size), Image.Resampling.BICUBIC
+    return np.stack([np.asarray(Image.fromarray(image).resize(to, rule)) for image in images])

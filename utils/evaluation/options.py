@@ -45,8 +45,12 @@ class Options:
     download: bool = False
     # images per rank and batch
     batch_size: int = 64
+    # threads of each rank that read images
+    workers: int = 8
     # one of `PR_MODES`
     pr_mode: str = PR_MODES[0]
+    # whether numbers get a standard error
+    uncertainty: bool = False
     # folder in which the statistics of reference images are kept; None = keep none
     cache: str | Path | None = "~/.cache/repa_e/statistics"
 

@@ -4,6 +4,7 @@
 `FD[network]`, shown as a multiple of its floor: the distance between two halves of the reference.
 """
 
+import math
 import platform
 from importlib.metadata import version
 
@@ -53,12 +54,13 @@ def new_record(net: FeatureNet | None, images: ImageSet, content: str, beside: d
     samples = {
         "name": images.name, "kind": images.kind, "n": len(images), "size": list(images.size),
         "content_sha256": content, "uint8_rule": settings.get("uint8"),
-        "label_sampling": labels,
+        "label_sampling": labels, "lossy": images.lossy,
         "record": beside,
     }  # fmt: skip
     return {
-        "metrics": {}, "details": {}, "comparable_to_papers": False, "not_comparable_because": [],
-        "warnings": [], "n": len(images), "samples": samples, "reference": None,
+        "metrics": {}, "details": {},
+        "comparable_to_papers": False, "not_comparable_because": [], "comparability": {},
+        "warnings": [*images.notes], "n": len(images), "samples": samples, "reference": None,
         "features": features, "protocol": {},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
     }  # fmt: skip
@@ -72,19 +74,6 @@ def add_result(record: dict, metric: Metric, result: Result, net: FeatureNet) ->
         record["details"][name] = result.details
     record["protocol"] |= result.protocol
     record["warnings"] += [f"{name} {warning}" for warning in result.warnings]
-
-
-def assess_comparability(record: dict, net: FeatureNet | None, published_reference: bool) -> None:
-    """Say whether the numbers may stand in a table with published ones, and if not, why.
-    `published_reference`: the reference statistics were read from a file, or none are published."""
-    reasons = record["not_comparable_because"]
-    if net and not net.published:
-        reasons.append(f"{net.label} is not a network of published metrics with checked weights")
-    if record["n"] != PAPER_SIZE:
-        reasons.append(f"{record['n']} images, not {PAPER_SIZE}")
-    if net and net.published and net.family == "inception" and not published_reference:
-        reasons.append("the reference statistics are not those of a published file")
-    record["comparable_to_papers"] = not reasons
 
 
 def format_table(record: dict) -> str:
@@ -106,7 +95,7 @@ def _head_lines(record: dict) -> list[str]:
     size, vae = "x".join(map(str, samples["size"])), record.get("vae")
     lines = [f"{'images' if vae else 'samples':<9}  {samples['name']}  n={samples['n']}  {size}"]
     if vae:
-        lines = [f"vae        {_name_of_vae(**vae)}", *lines]
+        lines.append(f"vae        {_name_of_vae(**vae)}")
         lines.append(f"latents    {record['protocol']['posterior']} of the posterior")
     settings = sampling_settings(samples["record"])
     if settings:
@@ -137,12 +126,22 @@ def _cells(value, detail: dict) -> list[tuple[bool, tuple[str, str]]]:
         heads = [f"channel {i * CHANNELS}-{end}" for i, end in enumerate(ends)]
         rows = ["".join(f"{fixed(v):>9}" for v in part) for part in some]
         return [(i == 0, cells) for i, cells in enumerate(zip(heads, rows))]
+    number, _, error = with_error(value, detail.get("standard_error")).partition(" ")
     if detail.get("times_floor") is not None:
-        remark = f"{fixed(value)}, floor {fixed(detail['floor'])}: two halves of the reference"
-        remark = f"({remark}, {detail['floor_images']} each)"
+        halves = f"two halves of the reference, {detail['floor_images']} each"
+        remark = f"({number} {error}".rstrip() + f", floor {fixed(detail['floor'])}: {halves})"
         return [(True, (f"{fixed(detail['times_floor'], 2)} x floor", remark))]
     remarks = [f"{key} {fixed(detail[key])}" for key in ("std", "shuffled") if key in detail]
-    return [(True, (fixed(value), f"({', '.join(remarks)})" if remarks else ""))]
+    remark = error + (f"  ({', '.join(remarks)})" if remarks else "")
+    return [(True, (number, remark.strip()))]
+
+
+def with_error(value: float, error: float | None) -> str:
+    """`3.941 ± 0.021`, with the digits that the standard error leaves; `3.9412` without one."""
+    if not error:
+        return fixed(value)
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{fixed(value, digits)} ± {fixed(error, digits)}"
 
 
 def fixed(value: float, digits: int = 4) -> str:

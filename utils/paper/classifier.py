@@ -17,7 +17,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from models.errors import UserError, what_is
@@ -26,7 +26,7 @@ from utils.data.base import Source, printable
 from utils.data.images import pm1_to_01, u8_to_pm1
 from utils.data.registry import open_source
 from utils.evaluation.networks import read_classifier_facts
-from utils.files import format_bytes
+from utils.files import format_bytes, write_atomically
 from utils.random import generator
 
 HELD_OUT = 0.2  # share of each class, where the data have no test split
@@ -182,7 +182,8 @@ def random_affine(x: Tensor, g: torch.Generator) -> Tensor:
 def save(classifier: Classifier, facts: dict, path: Path) -> None:
     """Write a timm state dict with its head; `facts` (network, size, ...) go into the metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(classifier.net.state_dict(), path, metadata={"classifier": json.dumps(facts)})
+    metadata = {"classifier": json.dumps(facts)}
+    write_atomically(path, save_tensors(classifier.net.state_dict(), metadata))
 
 
 def load(path: Path) -> tuple[Classifier, dict]:

@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from models.errors import UserError
+from models.errors import UserError, read_json
 from models.sit import load_sit
 from models.vae import VAE, load_vae
 from utils.checkpoint import SIT_EMA, VAE_FOLDER, Checkpoints
+from utils.cli import check_output
 from utils.config.load import load_config
 from utils.data.images import pm1_to_u8, u8_to_pm1
 from utils.distributed import Ranks
@@ -32,6 +34,7 @@ from utils.evaluation.options import Options
 from utils.files import read_record, write_atomically, write_json
 from utils.paper import classifier
 from utils.paper.digits_results import ARMS, Measurements, markdown, plot
+from utils.process.written import Kind
 from utils.sampling.images import draw_images, draw_labels
 from utils.sampling.settings import SamplingSettings
 
@@ -43,6 +46,8 @@ CLASSIFIERS = {  # file => network, input side, steps, seed
 }
 STARTING_VAE = "vae/checkpoints/0000300/vae"  # of configs/digits/vae.yaml; base.yaml names it
 PROGRESS = "progress.json"  # in the folder of a run: its measurements
+MEASURED = Kind((".json",), "what this study has measured",
+                lambda path: are_measurements(read_json(path, "")))  # fmt: skip
 DATA, RESOLUTION = "digits:train@16", 16
 NUM, CHUNK = 1000, 100  # samples of one measurement, and of one network call
 SAMPLING = SamplingSettings(
@@ -169,12 +174,19 @@ class CheckpointEvaluator:
 
 def measure_run(folder: Path) -> None:
     """Measure the checkpoints of a run that are not measured yet; each is kept as soon as it is."""
+    check_output("--measure", folder / PROGRESS, MEASURED)
     evaluator, found = CheckpointEvaluator(), read_measurements(folder)
     for checkpoint in Checkpoints(folder).whole():
         step = str(int(checkpoint.name))
         if step not in found:
             found[step] = evaluator.measure(checkpoint)
             write_json(folder / PROGRESS, found)
+
+
+def are_measurements(found: Any) -> bool:
+    """Whether this is a JSON object of steps, with the figures of each."""
+    pairs = found.items() if isinstance(found, dict) else [("", None)]
+    return all(step.isdecimal() and isinstance(values, dict) for step, values in pairs)
 
 
 def read_measurements(folder: Path) -> Measurements:

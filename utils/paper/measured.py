@@ -11,8 +11,10 @@ from utils.config.resuming import changed_settings, is_same_experiment
 from utils.config.schema import Config
 from utils.evaluation.metrics import PAPER_SIZE
 from utils.evaluation.options import REFERENCES, sampling_settings
+from utils.evaluation.references.known import KNOWN
 from utils.files import read_record
 from utils.paper.tables import METRIC_NAMES, PR_MODE, ROOT, TableRow, published_sampling
+from utils.sampling.settings import ADDED
 
 LARGEST_RECORD = 2**20  # bytes of a .json that is opened
 
@@ -28,8 +30,11 @@ class Measured:
 
     @property
     def values(self) -> list[float | None]:
-        """The five numbers of a table; None for those that were not measured."""
-        return [self.record["metrics"].get(name) for name in METRIC_NAMES]
+        """The five numbers of a table; None for those that were not measured or, by the record, may
+        not stand beside published ones."""
+        against = reasons_against(self.record)
+        return [None if against.get(name) else self.record["metrics"].get(name)
+                for name in METRIC_NAMES]  # fmt: skip
 
 
 def find_measured(folder: Path) -> list[Measured]:
@@ -52,8 +57,19 @@ def measured_of(row: TableRow, found: list[Measured]) -> list[Measured]:
 
 def compared(row: TableRow, path: Path, record: dict) -> Measured:
     reasons = [*reasons_not_comparable(row.load(), record)]
-    reasons = reasons or record.get("not_comparable_because", [])
-    return Measured(path, record, reasons, [*differences(row, row.load(), record)])
+    against = reasons_against(record)
+    if not reasons:  # of a record without "comparability", all that it says is about the gFID
+        whole = record.get("not_comparable_because") or []
+        reasons = against.get(METRIC_NAMES[0], whole)
+    differs = [f"no {name.removesuffix('-50K')}: {'; '.join(against[name])}"
+               for name in METRIC_NAMES[1:] if against.get(name)]  # fmt: skip
+    return Measured(path, record, reasons, [*differences(row, row.load(), record), *differs])
+
+
+def reasons_against(record: dict) -> dict[str, list[str]]:
+    """Of each metric why it is not comparable, by the record; {} if that does not say so."""
+    found = record.get("comparability")
+    return found if isinstance(found, dict) else {}
 
 
 def origin(record: dict) -> tuple[str, int, bool] | None:
@@ -75,9 +91,11 @@ def reasons_not_comparable(config: Config, record: dict) -> Iterator[str]:
     if METRIC_NAMES[0] not in record["metrics"]:
         yield f"no {METRIC_NAMES[0]} in the record"
     resolution = config.data.resolution
-    reference = Path((record.get("reference") or {}).get("name", "unknown")).name
-    if reference != REFERENCES[resolution]:
-        yield f"reference {reference}, not {REFERENCES[resolution]}"
+    reference, wanted = record.get("reference") or {}, REFERENCES[resolution]
+    known = KNOWN.get(reference.get("file_sha256", ""))
+    if known is None or known.name != wanted:
+        name = Path(reference.get("name", "unknown")).name
+        yield f"reference {name}, whose sha256 is not known to be that of {wanted}"
     if record["samples"].get("size") != [resolution] * 2:
         yield f"images of {record['samples'].get('size')} pixels, not {resolution}"
 
@@ -87,14 +105,14 @@ def differences(row: TableRow, config: Config, record: dict) -> Iterator[str]:
     beside = record["samples"]["record"]
     yield from sampling_differences(row, config, sampling_settings(beside))
     mode = record.get("protocol", {}).get("precision_recall", {}).get("mode", PR_MODE)
-    if mode != PR_MODE:
+    if mode != PR_MODE and not reasons_against(record):  # else it is among these
         yield f"precision and recall {mode}, not {PR_MODE}"
     yield from training_differences(config, Path(beside["checkpoint"]))
 
 
 def sampling_differences(row: TableRow, config: Config, used: dict) -> Iterator[str]:
     """Where samples were drawn with other settings than the published ones."""
-    published = published_sampling(row).that_decide_pixels()
+    published, used = ADDED | published_sampling(row).that_decide_pixels(), ADDED | used
     published["path"] = config.loss.diffusion.path
     unguided = ("guidance_low", "guidance_high") if row.cfg_scale == 1 else ()
     words = {True: "balanced", False: "random"}

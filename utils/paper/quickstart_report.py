@@ -16,9 +16,11 @@ from torch import Tensor
 
 from models.errors import UserError
 from models.weights import short
+from utils.cli import check_output
 from utils.files import read_json, write_atomically, write_json
 from utils.paper import classifier
 from utils.pictures.grid import Row, draw_rows, save_figure, save_picture
+from utils.process import written
 from utils.training.tracking import read_metrics
 
 REAL, GENERATED = 3, 10  # digits of each class in the grid
@@ -26,6 +28,7 @@ ENLARGED = 96  # pixels: side of a digit in the grid
 # Digits that people take for each other, too, in handwriting of 8 pixels.
 LOOK_ALIKE = ({1, 7}, {1, 8}, {3, 5}, {3, 8}, {3, 9}, {4, 9}, {5, 8}, {5, 9}, {7, 9}, {8, 9})
 MOST_CONFUSIONS = 5  # in the summary
+PICTURES = ("digits.png", "confusion.png", "curves.png", "reconstructions.png")
 CURVES = {  # title => patterns of names in metrics.jsonl
     "VAE: reconstruction (L1)": ["loss/vae/pixel"],
     "VAE: perceptual distance": ["loss/vae/perceptual"],
@@ -36,9 +39,12 @@ CURVES = {  # title => patterns of names in metrics.jsonl
 
 
 def report(run: Path) -> dict:
-    """Write digits.png, confusion.png, curves.png, reconstructions.png and summary.json into the
-    folder of a finished run; returns the summary. `UserError` if the folder does not hold all of
-    it."""
+    """Write `PICTURES` and summary.json into the folder of a finished run; returns the summary.
+    `UserError` if the folder does not hold all of it, or other files of these names."""
+    for name in PICTURES:
+        check_output("--run", run / name, written.PICTURE)
+    check_output("--run", run / "summary.json", written.SUMMARY)
+    check_output("--run", run / "report.html", written.PAGE)
     try:
         return _report(run)
     except UserError:

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from utils.files import write_atomically
+from utils.process.written import PROGRAM
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,14 +49,16 @@ def save_grid_of_rows(path: Path, rows: list[Row], headings: Sequence[str] | Non
 def save_picture(path: Path, picture: Image.Image) -> None:
     """Write a PNG; a kill leaves no half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: picture.save(file, "PNG"))
+    mark = PngInfo()
+    mark.add_text("Software", PROGRAM)
+    write_atomically(path, lambda file: picture.save(file, "PNG", pnginfo=mark))
 
 
 def save_figure(figure: Figure, path: Path, **options) -> None:
-    """Write a figure of matplotlib in the format that the ending names; a kill leaves no half."""
+    """Write a figure of matplotlib as a PNG; a kill leaves no half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ending = path.suffix.removeprefix(".") or "png"
-    write_atomically(path, lambda file: figure.savefig(file, format=ending, **options))
+    options |= {"format": "png", "metadata": {"Software": PROGRAM}}
+    write_atomically(path, lambda file: figure.savefig(file, **options))
 
 
 def draw_rows(rows: list[Row], headings: Sequence[str] = ()) -> Image.Image:

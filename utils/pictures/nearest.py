@@ -14,10 +14,13 @@ from torch import Tensor
 
 from models.errors import UserError
 from utils.evaluation.images.npz_images import ImageSet
+from utils.evaluation.images.reader import read_ahead
+from utils.evaluation.options import Options
 from utils.pictures.grid import Row
 
 SIDE = 16  # pixels of a thumbnail
-BLOCK = 256  # images that are read, or compared, at a time
+READ = 64  # images that a thread reads at a time
+BLOCK = 256  # thumbnails that are compared at a time
 PROBES = 1000  # training images whose own distances are the yardstick
 NEAREST = 3  # training images that are shown of each sample
 
@@ -65,10 +68,10 @@ def find_nearest(samples: ImageSet, training: ImageSet) -> Nearest:
 def thumbnails(images: ImageSet) -> Tensor:
     """(N, 3, SIDE, SIDE) float32 in 0 .. 255."""
     blocks = []
-    for start in range(0, len(images), BLOCK):
-        pixels = images.read(start, min(start + BLOCK, len(images)))
-        x = torch.tensor(pixels).permute(0, 3, 1, 2).float()
-        blocks.append(F.adaptive_avg_pool2d(x, SIDE))
+    starts = range(0, len(images), READ)
+    parts = [(start, min(start + READ, len(images))) for start in starts]
+    for x_u8 in read_ahead(images, parts, workers=Options.workers):
+        blocks.append(F.adaptive_avg_pool2d(x_u8.float(), SIDE))
     return torch.cat(blocks)
 
 

@@ -66,6 +66,8 @@ SAMPLED = {
     "cfg_scale": "guidance scale",
     "guidance_low": "guided from t =",
     "guidance_high": "to t =",
+    "cfg_channels": "guided channels",
+    "heun_guidance": "guidance of Heun's corrector",
     "timestep_shift": "timestep shift",
     "precision": "precision",
     "uint8": "rule of rounding",

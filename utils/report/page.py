@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.errors import UserError
 from utils.files import write_atomically
+from utils.process.written import GENERATOR, PAGE, check_kind
 from utils.report import charts, gallery, results, sections
 from utils.report.catalog import GROUPS, grouped, kind_of
 from utils.report.collect import Run, read_runs
@@ -12,7 +12,6 @@ from utils.report.events import Event, events_of
 from utils.report.markup import Html, join, tag
 from utils.report.scales import BUCKETS
 
-GENERATOR = "REPA-E scripts/report.py"
 HERE = Path(__file__).parent
 MANY = 200  # points of a line, from which on it is smoothed unless the reader says otherwise
 MOST_CHARTS = 150  # metrics beyond are listed with their last values
@@ -21,20 +20,8 @@ MOST_CHARTS = 150  # metrics beyond are listed with their last values
 def write_report(runs: Sequence[Path], out: Path) -> None:
     """Write the page of the runs in these folders to `out`. `UserError` for a folder that is no
     run's, and if `out` is a file that is no report."""
-    require_ours(out)
+    check_kind("the report", out, PAGE)
     write_atomically(out, page(read_runs(runs)))
-
-
-def require_ours(out: Path) -> None:
-    """`UserError` if something stands at `out` that `write_report` has not written."""
-    if not out.exists():
-        return
-    head = b""
-    if out.is_file():
-        with out.open("rb") as file:
-            head = file.read(1024)
-    if f'content="{GENERATOR}"'.encode() not in head:
-        raise UserError(f"{out} exists and is no report of this program: choose another name")
 
 
 def page(runs: Sequence[Run]) -> str:

@@ -124,7 +124,9 @@ def sampling_words(settings: dict) -> Iterator[str]:
         yield "without guidance"
     elif scale is not None:
         low, high = settings.get("guidance_low", 0), settings.get("guidance_high", 1)
-        yield f"guidance {scale} for t from {low} to {high}"
+        channels = settings.get("cfg_channels")
+        some = f" of the first {channels} channels" if channels else ""
+        yield f"guidance {scale}{some} for t from {low} to {high}"
     for name, words in (("precision", "{}"), ("uint8", "uint8: {}"), ("seed", "seed {}")):
         if name in settings:
             yield words.format(settings[name])

@@ -103,6 +103,7 @@ def _draw_latents(
     y = copy_without_wait(draw_labels(s, indices, sit.config.num_classes), device)
     how = {"solver": s.solver, "steps": s.steps, "path": s.path or PATHS[0]}
     how |= {"cfg_scale": s.cfg_scale, "guidance": (s.guidance_low, s.guidance_high)}
+    how |= {"cfg_channels": s.cfg_channels, "heun_guidance": s.heun_guidance}
     how |= {"shift": s.timestep_shift, "generator": noise}
     with autocast(device, s.precision):
         z_n = sample(sit, noise.start(sit.config.in_channels, side, side), y, **how)

@@ -83,6 +83,9 @@ def open_checkpoint(
     if settings.cfg_scale != 1 and not sit["class_dropout_prob"]:
         text = f"--cfg-scale {settings.cfg_scale}: this SiT was trained without a null label"
         raise UserError(f"{text}; leave it 1")
+    if settings.cfg_channels > sit["in_channels"]:
+        text = f"--cfg-channels {settings.cfg_channels}: the latents of this SiT have"
+        raise UserError(f"{text} {sit['in_channels']} channels; 0 = all")
     with torch.device("meta"):
         vae = build_vae(str(folder / VAE_FOLDER))
     if vae.latent_channels != sit["in_channels"]:

@@ -13,8 +13,6 @@ batch always holds the same images. With another batch size some pixels differ b
 sums of floating-point numbers are rounded in another order (in bfloat16 more of them do).
 """
 
-import hashlib
-import json
 import math
 import zipfile
 from collections.abc import Callable
@@ -27,7 +25,9 @@ import torch
 
 from models.errors import UserError
 from utils.cli import check_output
+from utils.data.base import image_hashes, join_hashes
 from utils.data.sharded import PLAN, ShardedFolder, plan_differences
+from utils.evaluation.images.beside import CONTENT, hash_settings
 from utils.evaluation.images.npz_images import open_array_file
 from utils.files import (
     files_below,
@@ -37,6 +37,7 @@ from utils.files import (
     write_atomically,
     write_json,
 )
+from utils.process import written
 from utils.provenance import versions
 from utils.sampling.images import DrawnImages, draw_labels
 from utils.sampling.load import SampledCheckpoint
@@ -91,9 +92,7 @@ class SampleFiles:
     def check(self) -> list[int]:
         """The blocks still to be made. `UserError` if something else is where they and the samples
         will be, or if there is no room. Writes nothing."""
-        beside = [self.out.with_suffix(end) for end in (".labels.npy", ".png", ".json")]
-        for path in (*beside, self.blocks.folder / PLAN):
-            check_output("--out", path)
+        self._check_beside()
         if self.pngs:
             self.pngs.check()
         num_bytes = self.num_samples * math.prod(self.shape)
@@ -108,6 +107,16 @@ class SampleFiles:
         except UserError as error:
             raise UserError(f"{error} (choose another --out, or delete that folder)") from None
         return self.blocks.unfinished()
+
+    def _check_beside(self) -> None:
+        """`UserError` if a file beside --out is not one of ours, as that of an .npz which somebody
+        has deleted would be."""
+        check_output("--out", self.record_file, written.SAMPLING)
+        check_output("--out", self.out.with_suffix(".png"), written.PICTURE)
+        # nothing in the labels tells whose they are: they are ours with our record, or our blocks
+        known = self.record_file.is_file() or (self.blocks.folder / PLAN).is_file()
+        labels = written.Kind((".npy",), "the labels of samples", lambda path: known)
+        check_output("--out", self.out.with_suffix(".labels.npy"), labels)
 
     def begin(self) -> list[int]:
         """`check`, and make the folders that are not there."""
@@ -137,7 +146,8 @@ class SampleFiles:
 
     def _finish(self, facts: dict[str, Any], save_preview: SavePreview) -> None:
         self.record_file.unlink(missing_ok=True)  # of an .npz that was deleted
-        write_atomically(self.out, self._write_npz)
+        hashes: list[bytes] = []
+        write_atomically(self.out, lambda file: self._write_npz(file, hashes))
         settings, y = self.checkpoint.settings, self.labels()
         write_atomically(self.out.with_suffix(".labels.npy"), lambda file: np.save(file, y.numpy()))
         self.write_pngs(lambda items: self.blocks.read(items.start // BLOCK, "images"))
@@ -147,6 +157,7 @@ class SampleFiles:
         grid = torch.from_numpy(first).permute(0, 3, 1, 2)
         save_preview(self.out.with_suffix(".png"), grid, titles, len(settings.classes))
         known = {"settings": self.settings, KEY: hash_settings(self.settings)}
+        known |= {CONTENT: join_hashes(self.shape[:2], b"".join(hashes))}
         known |= {"checkpoint": str(self.checkpoint.folder)}
         if chosen := settings.classes:
             known |= {"class_names": self.checkpoint.titles(torch.tensor(chosen))}
@@ -180,9 +191,10 @@ class SampleFiles:
         y = self.labels()
         self.pngs.finish(y.tolist(), self.checkpoint.titles(y))
 
-    def _write_npz(self, disk: BinaryIO) -> None:
+    def _write_npz(self, disk: BinaryIO, hashes: list[bytes]) -> None:
         """Stream all blocks into one uncompressed .npz: memory holds one of them at a time. The zip
-        entry has a fixed date, so that equal images make equal files."""
+        entry has a fixed date, so that equal images make equal files. `hashes` gets those of the
+        images of each block."""
         shape = (self.num_samples, *self.shape)
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         entry = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))
@@ -190,12 +202,9 @@ class SampleFiles:
         with archive, archive.open(entry, "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for block in range(self.blocks.num_shards):
-                file.write(np.ascontiguousarray(self.blocks.read(block, "images")).data)
-
-
-def hash_settings(settings: dict) -> str:
-    """sha256 of all settings, whatever their order."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+                images = np.ascontiguousarray(self.blocks.read(block, "images"))
+                hashes.append(image_hashes(images))
+                file.write(images.data)
 
 
 def _with_short_hash(settings: dict) -> dict:

@@ -17,6 +17,7 @@ from utils import cli
 from utils.records import Range
 from utils.samplers import (
     GUIDANCE_INTERVAL,
+    HEUN_GUIDANCE,
     PRESETS,
     SOLVERS,
     Preset,
@@ -39,11 +40,18 @@ SPEED: dict[str, Any] = {"at_least": 1, "pixels": False}
 
 
 def setting(
-    default: Any, help: str, *, choices: Iterable[str] = (), pixels: bool = True, **sides: float
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[str] = (),
+    pixels: bool = True,
+    added: bool = False,
+    **sides: float,
 ) -> Any:
     """A field with a default. `sides` are those of a `Range`; `pixels`: whether it is part of what
-    identifies samples. Without `help` it has no flag of its own."""
-    metadata = {"help": help, "choices": tuple(choices), "pixels": pixels}
+    identifies samples. `added`: samples were recorded before there was this choice, so it is on
+    record only where it is not the default. Without `help` it has no flag of its own."""
+    metadata = {"help": help, "choices": tuple(choices), "pixels": pixels, "added": added}
     return field(default=default, metadata=metadata | {"range": Range(**sides) if sides else None})
 
 
@@ -58,10 +66,19 @@ class SamplingSettings:
     cfg_scale: float = setting(1.0, "classifier-free guidance; 1 = none", **SCALE)
     guidance_low: float = setting(LOW, "guide from this t (0 = data) ...", at_least=0, at_most=1)
     guidance_high: float = setting(HIGH, "... to this t (1 = noise)", at_least=0, at_most=1)
+    cfg_channels: int = setting(
+        0, "guide only the first N latent channels; 0 = all", at_least=0, added=True
+    )
+    heun_guidance: str = setting(
+        HEUN_GUIDANCE[0],
+        "whose time decides whether Heun's corrector is guided; predictor = as published",
+        choices=HEUN_GUIDANCE,
+        added=True,
+    )
     timestep_shift: float = setting(1.0, "above 1: more steps near the noise", **SHIFT)
     class_balanced: bool = setting(False, "labels 0, 1, 2, ... in turn, not at random")
     # labels that are taken in turn, in place of all; programs name them by --classes
-    classes: tuple[int, ...] = setting((), "")
+    classes: tuple[int, ...] = setting((), "", added=True)
     seed: int = setting(0, "image i depends on (seed, i) alone", at_least=0)
     precision: str = setting("bf16", "of the SiT", choices=("bf16", "fp32"))
     decode_precision: str | None = setting(
@@ -114,6 +131,9 @@ class SamplingSettings:
         solver, steps, least = self.solver, self.steps, least_steps(self.solver)
         if steps < least:
             raise UserError(f"--solver {solver} needs {least} steps or more, not {steps}")
+        if self.heun_guidance != HEUN_GUIDANCE[0] and solver != "ode-heun":
+            text = f"--heun-guidance {self.heun_guidance} needs --solver ode-heun"
+            raise UserError(f"{text}: {solver} has no corrector")
         low, high = self.guidance_low, self.guidance_high
         if low > high:
             raise UserError(f"--guidance-low {low} must not be above --guidance-high {high}")
@@ -122,10 +142,13 @@ class SamplingSettings:
         """What identifies samples: every field but those that decide speed and memory alone."""
         values = asdict(self) | {"classes": list(self.classes)}
         values["decode_precision"] = self.decode_precision or ("tf32" if self.tf32 else "fp32")
-        names = [f.name for f in fields(self) if f.metadata["pixels"]]
-        if not self.classes:  # as in records of before there was a choice
-            names.remove("classes")
-        return {name: values[name] for name in names}
+        kept = [f.name for f in fields(self) if f.metadata["pixels"]]
+        kept = [name for name in kept if name not in ADDED or getattr(self, name) != ADDED[name]]
+        return {name: values[name] for name in kept}
+
+
+# What it means that a record lacks a setting: see `added` of `setting`.
+ADDED: dict[str, Any] = {f.name: f.default for f in fields(SamplingSettings) if f.metadata["added"]}
 
 
 def add_classes(parser: argparse.ArgumentParser) -> None:

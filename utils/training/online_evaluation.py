@@ -66,7 +66,7 @@ class OnlineEvaluation:
         reference = reference_of(self.config, self.source)
         record = evaluate(
             self.sample(nets, check), reference, self.options, net=self.net, ranks=self.ranks,
-            progress=lambda what: lambda done: check(),
+            progress=lambda what: lambda *done: check(),
         )  # fmt: skip
         return {f"eval/{name}": value for name, value in scalars(record).items()}
 

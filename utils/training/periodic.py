@@ -162,6 +162,7 @@ class PeriodicTasks:
             "ranks": self.ranks.world,
             "path": c.loss.diffusion.path,
             "classes": list(self.source.classes),
+            "content": self.source.content,
             "config": defining_settings(c),
         }
         self.checkpoints.save(step, contents.write, state, contents.num_bytes(), prune)

@@ -31,10 +31,11 @@ from utils.checkpoint import (
     Checkpoints,
 )
 from utils.cli import check_output_folder
-from utils.config.load import recorded_config, to_yaml
+from utils.config.load import CONFIG_FILE, recorded_config, to_yaml
+from utils.config.reading import read_yaml
 from utils.config.resuming import change_line, require_resumable
 from utils.config.schema import Config, all_settings, per_rank_batch
-from utils.data.base import Source, cautions
+from utils.data.base import Source, cautions, content_of
 from utils.data.latents import CachedSource, LatentCache
 from utils.data.registry import source_class
 from utils.data.training import join_cache, open_training_data
@@ -42,7 +43,7 @@ from utils.distributed import Ranks, default_device, launched_ranks
 from utils.files import format_bytes
 from utils.precision import emulation_note
 from utils.run_lock import check_unlocked
-from utils.sealed import read_state_json
+from utils.sealed import STATE, read_state_json
 from utils.showing.summary import describe_run, print_block
 from utils.training.networks import (
     Networks,
@@ -55,6 +56,8 @@ from utils.training.networks import (
 from utils.training.nonfinite import LeftOutSteps, ema_warning
 from utils.training.online_evaluation import check_evaluation
 
+# what a run writes from its start: in a folder that is no run, they are somebody else's
+WRITTEN = (CONFIG_FILE, "metrics.jsonl", "sessions.jsonl", "latent_stats.json", "samples")
 LPIPS_LEAST = 16  # pixels: the four poolings of VGG-16 halve an image to one pixel
 # The names of dtypes in the header of a .safetensors.
 DTYPES = {
@@ -97,9 +100,10 @@ class Plan:
 def check_run(c: Config, ranks: int, *, assume_data: bool = False, read_all: bool = True) -> Plan:
     """What the run on `ranks` ranks will be; a `UserError` for whatever would stop it later.
 
-    Reads file headers, and no network but the VAE of cached latents; writes nothing. `assume_data`:
-    data and cached latents that are not on this machine may be missing (wrong ones may not).
-    Without `read_all`, the bytes of checkpoints are not compared with their hashes.
+    Reads file headers, and no network but the VAE of cached latents; writes nothing. At the end all
+    images are hashed, so that other ones in their place are noticed. `assume_data`: this is left
+    out, and data and cached latents that are not on this machine may be missing (wrong ones may
+    not). Without `read_all`, the bytes of checkpoints are not compared with their hashes.
     """
     check_run_folder(c)
     LeftOutSteps(c)  # its record can be read
@@ -118,6 +122,9 @@ def check_run(c: Config, ranks: int, *, assume_data: bool = False, read_all: boo
     check_pictures(c)
     check_evaluation(c, source)
     notes += [f"{name} is given, and this run does not read it" for name in unread_files(c)]
+    if source and not assume_data:
+        look_at_content(source, training_set)
+        notes += [line for line in changes_since(c, start, source) if line not in notes]
     return Plan(source, training_set, start, nets, rank_batch, notes)
 
 
@@ -142,11 +149,26 @@ def open_checked(c: Config) -> tuple[Source, Source]:
 
 
 def check_run_folder(c: Config) -> None:
-    """The run's folder can be made, or is there and can be written to."""
+    """The run's folder can be made outside the data, or is there and can be written to, and holds
+    nothing of another program that the run would write over."""
     run, what = c.run_dir, f"run.out={c.run.out} run.name={c.run.name}:"
-    check_output_folder(what, run)
+    check_output_folder(what, run, () if run.exists() else (c.data.path, c.data.latents))
     if run.exists() and not run.is_dir():
         raise UserError(f"{what} {run} is no folder: choose another run.name, or remove it")
+    if not _is_run(run) and (found := [n for n in WRITTEN if os.path.lexists(run / n)]):
+        text = f"{what} {run} holds {found[0]}, and is no run of this program"
+        raise UserError(f"{text}: choose another run.name")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder has a checkpoint, or the config.yaml with which every run begins."""
+    if any((folder / "checkpoints").glob(f"[0-9]*/{STATE}")):
+        return True
+    try:
+        sections = {key.value for key, _ in read_yaml(folder / CONFIG_FILE).value}
+    except UserError:
+        return False
+    return sections >= {"run", "data"}
 
 
 def find_data(c: Config, assume: bool) -> tuple[Source | None, Source | None, list[str]]:
@@ -161,6 +183,14 @@ def find_data(c: Config, assume: bool) -> tuple[Source | None, Source | None, li
     training_set = join_cache(c, source)
     training_set.try_some()
     return source, training_set, cautions(source)
+
+
+def look_at_content(source: Source, training_set: Source | None) -> None:
+    """Hash what the data hold, for `changes_since` and for checkpoints; cached latents must be of
+    the same images."""
+    source.content = content_of(source)
+    if isinstance(training_set, CachedSource):
+        training_set.check_content(source.content["images_sha256"])
 
 
 def open_data(c: Config) -> Source:
@@ -303,7 +333,8 @@ def starting_point(
 
 def changes_since(c: Config, start: Start, source: Source | None) -> list[str]:
     """A line for each setting that a run that goes on has changed; `UserError` for one that it must
-    not change, and for other classes than those it has learned."""
+    not change, and for other classes, images or labels than those it has learned from. Images are
+    compared if `source.content` is known."""
     if start.checkpoint is None:
         return []
     saved = recorded_config(start.checkpoint, c)
@@ -315,9 +346,13 @@ def changes_since(c: Config, start: Start, source: Source | None) -> list[str]:
             f"run.skip_steps names step {min(late)}, which {start.checkpoint} has trained already: "
             "name later ones, or go on from an earlier checkpoint by run.resume and a new run.name"
         )
-    learned = read_state_json(start.checkpoint).classes
-    changes = require_resumable(saved, c, learned, list(source.classes) if source else None)
-    return [f"changed since it was saved: {change_line(n, *pair)}" for n, pair in changes.items()]
+    learned = read_state_json(start.checkpoint)
+    classes, content = (list(source.classes), source.content) if source else (None, None)
+    changes = require_resumable(saved, c, learned.classes, classes, learned.content, content)
+    lines = [f"changed since it was saved: {change_line(n, *pair)}" for n, pair in changes.items()]
+    if content and not learned.content:
+        lines.append(f"{start.checkpoint} has no hash of its images: they are not compared")
+    return lines
 
 
 # --------------------------------------------------------------------------------------

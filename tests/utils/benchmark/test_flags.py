@@ -57,9 +57,9 @@ def test_what_does_not_go_together_is_refused_by_name(words):
 def test_no_output_is_an_input_or_another_output(tmp_path):
     (tmp_path / "state.json").write_text("{}")
     here, state, new = tmp_path, tmp_path / "state.json", tmp_path / "new.json"
-    with pytest.raises(UserError, match=r"--json .*state.json is, or lies in, one of the inputs"):
+    with pytest.raises(UserError, match=r"--json .*state.json lies inside the input"):
         parse_args(["--sample", "--checkpoint", f"{here}", "--json", f"{state}"])
-    with pytest.raises(UserError, match=r"--trace .*new.json is, or lies in, one of"):
+    with pytest.raises(UserError, match=r"--trace .*new.json is .*new.json, an input"):
         parse_args(["--json", f"{new}", "--trace", f"{new}"])
 
 

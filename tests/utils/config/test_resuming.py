@@ -71,6 +71,20 @@ def test_other_classes_are_refused_unless_allowed():
     assert require_resumable(Config(), new, None, ["a"]) == {}
 
 
+def test_other_images_or_labels_are_refused_unless_allowed():
+    old = {"images_sha256": "12ab" * 16, "labels_sha256": "34cd" * 16}
+    allowed = load_config([], ["run.allow_change=[data.content]"])
+    for name in old:
+        new = old | {name: "56ef" * 16}
+        with pytest.raises(UserError, match=rf"data\.content={name} .* \(now 56ef56ef\)"):
+            require_resumable(Config(), Config(), old_content=old, new_content=new)
+        found = require_resumable(Config(), allowed, old_content=old, new_content=new)
+        assert "data.content" in found
+    for unknown in (None, {}, old, {"images_sha256": "12ab" * 16}):
+        assert require_resumable(Config(), Config(), old_content=old, new_content=unknown) == {}
+        assert require_resumable(Config(), Config(), old_content=unknown, new_content=old) == {}
+
+
 def make_checkpoint(run: Path, state: dict) -> Path:
     folder = run / "checkpoints" / "0000002"
     folder.mkdir(parents=True)

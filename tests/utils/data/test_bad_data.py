@@ -217,17 +217,16 @@ def test_nothing_but_bad_images_ends(tmp_path):
             source.read(1)
 
 
-def test_dead_links_and_missing_files_are_replaced_too(tmp_path):
-    fill(tmp_path, ["a/1.png", "a/2.png", "b/1.png"])
-    (tmp_path / "a/0.png").symlink_to("nowhere.png")
-    (tmp_path / "a/3.png").symlink_to("3.png")
+def test_missing_files_are_replaced_too(tmp_path):
+    fill(tmp_path, ["a/0.png", "a/1.png", "a/2.png", "b/1.png"])
     source = open_source("folder", tmp_path, 8)
+    for name in ("a/0.png", "a/1.png"):
+        (tmp_path / name).unlink()
     with pytest.raises(UserError, match="cannot read"):  # not so where no run allows it
         source.take(0)
     source.bad = BadImages(9)
-    (tmp_path / "a/1.png").unlink()
     assert torch.equal(source.take(0)[0], source.take(2)[0])
-    assert len(source.take(3)) == 2 and len(source.bad.reasons) == 3
+    assert len(source.take(3)) == 2 and len(source.bad.reasons) == 2
 
 
 # ---- labels --------------------------------------------------------------------------------------
@@ -304,34 +303,6 @@ def test_storage_folders_are_no_classes(tmp_path):
 # ---- folders -------------------------------------------------------------------------------------
 
 
-def test_links_that_lead_back_end(tmp_path):
-    root = fill(tmp_path / "d", ["a/1.png", "b/1.png"])
-    for link, target in {"a/up": root, "a/self": "self", "c": tmp_path, "a/a": root / "a"}.items():
-        (root / link).symlink_to(target)
-        if link == "a/self":
-            assert len(open_source("folder", root, 8)) == 2  # a file of no known kind
-        else:
-            with pytest.raises(UserError, match="links back"):
-                open_source("folder", root, 8)
-        (root / link).unlink()
-    (root / "a/b").symlink_to(root / "b")
-    (root / "b/a").symlink_to(root / "a")
-    with pytest.raises(UserError, match="links back"):
-        open_source("folder", root, 8)
-
-
-def test_many_ways_to_one_folder_are_one(tmp_path):
-    """A ladder of double links has 2^30 paths."""
-    root = fill(tmp_path / "d", ["a/1.png"])
-    for k in range(30):
-        (tmp_path / f"{k}").mkdir()
-        for side in "lr":
-            (tmp_path / f"{k}" / side).symlink_to(tmp_path / f"{k + 1}")
-    fill(tmp_path, ["30/x.png"])
-    (root / "a/l").symlink_to(tmp_path / "0")
-    assert len(open_source("folder", root, 8)) == 2
-
-
 @pytest.mark.parametrize("parts", [["train", "val"], ["train"], ["Training", "test"]])
 def test_a_folder_one_level_too_high_is_refused(tmp_path, parts):
     fill(tmp_path, [f"{part}/n0{k}/{i}.png" for part in parts for k in range(3) for i in range(2)])
@@ -348,7 +319,7 @@ def test_what_is_said_of_a_folder(tmp_path):
     source = open_source("folder", tmp_path, 8)
     assert describe(source) == "4 images of 2 classes: Cats, cats"
     text = " ".join(cautions(source))
-    assert all(word in text for word in ("too high", "case", "cats/read.me", "1 files"))
+    assert all(word in text for word in ("too high", "case", "cats/read.me", "1 .me"))
     one = open_source("folder", fill(tmp_path / "one", ["a.png", "b.png"]), 8)
     assert describe(one) == "2 images of 1 class: ." and "one class" in cautions(one)[0]
     many = open_source("synthetic", None, 8)

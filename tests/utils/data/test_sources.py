@@ -4,7 +4,9 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import pickle
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from models.errors import UserError
 from tests.utils.data.pictures import fill, picture
 from utils.data import registry
-from utils.data.base import Names, Source
+from utils.data.base import Names, Source, content_of, hash_images
 from utils.data.images import CROP_VERSION, center_crop
 from utils.data.registry import open_source
 from utils.data.sampling import StepSampler, make_loader
@@ -69,12 +71,12 @@ def test_a_new_source_is_one_class_and_one_row(tmp_path, monkeypatch):
     np.save(tmp_path / "data.npy", pixels)
     monkeypatch.setitem(registry.SOURCES, "one-file", (__name__, "OneFile"))
     source = open_source("one-file", tmp_path / "data.npy", 8)
-    assert source.num_classes == 2 and source.labels is None and source.sizes() is None
+    assert source.num_classes == 2 and source.labels is None and source.files() is None
     assert [source.label(i) for i in range(4)] == [0, 1, 0, 1]
     assert source.list_keys()[3] == "row 3"
     ((x_u8, y),) = make_loader(source, StepSampler(4, 4, seed=0, end_step=1))
     assert x_u8.shape == (4, 3, 8, 8) and y.sum() == 2
-    assert source.fingerprint() == hashlib.sha256(b"8x8" + pixels.tobytes()).hexdigest()
+    assert source.fingerprint() == hash_images((8, 8), pixels)
     with pytest.raises(UserError, match="no such file or folder"):
         open_source("one-file", tmp_path / "none.npy", 8)
     with pytest.raises(UserError, match="expected a folder"):  # where a folder is expected
@@ -94,9 +96,9 @@ def test_the_protocol_must_be_complete():
 
 
 def pixels_sha256(source) -> str:
-    rows = b"".join(x.permute(1, 2, 0).contiguous().numpy().tobytes() for x, _ in source)
+    hashes = (hashlib.sha256(x.permute(1, 2, 0).contiguous().numpy()).digest() for x, _ in source)
     size = f"{source.resolution}x{source.resolution}"
-    return hashlib.sha256(size.encode() + rows).hexdigest()
+    return hashlib.sha256(size.encode() + b"".join(hashes)).hexdigest()
 
 
 def test_a_foreign_meta_json_is_no_fingerprint(tmp_path, monkeypatch):
@@ -115,22 +117,52 @@ def test_a_foreign_meta_json_is_no_fingerprint(tmp_path, monkeypatch):
     assert open_source("folder", tmp_path / "images", 8).fingerprint() != before
 
 
-def test_fingerprints_of_earlier_versions_are_kept(tmp_path):
-    """Statistics are cached under them."""
-    folder = open_source("folder", fill(tmp_path / "f", ["a/1.png", "b/2.png"]), 8)
-    sizes = [(tmp_path / "f" / name).stat().st_size for name in ("a/1.png", "b/2.png")]
-    lines = ["(8, 8)", "a/1.png", "b/2.png", *map(str, sizes)]
-    text = "".join(f"{line}\0" for line in lines)
-    assert folder.fingerprint() == hashlib.sha256(text.encode()).hexdigest()
-    root = official_h5(tmp_path / "h", H5_NAMES, H5_LABELS)
-    lines = ["(8, 8)", *sorted(H5_NAMES), str((root / "images.h5").stat().st_size)]
-    text = "".join(f"{line}\0" for line in lines)
-    found = open_source("hdf5", root, 8).fingerprint()
-    assert found == hashlib.sha256(text.encode()).hexdigest()
+def invert(path: Path) -> None:
+    """Other pixels in an uncompressed picture, in place; name, size and times as before."""
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[-24:] = bytes(255 - byte for byte in data[-24:])
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_replaced_images_are_other_images(tmp_path):
+    """Of a folder, as training and as evaluation read it, of HDF5 and of packed data."""
+    folder = tmp_path / "f"
+    for i, name in enumerate("ab"):
+        (folder / name).mkdir(parents=True)
+        picture(i, (8, 8)).save(folder / name / "1.bmp")
+    official_h5(tmp_path / "h", H5_NAMES, H5_LABELS)
     pack_by_hand(tmp_path / "p")
-    meta = (tmp_path / "p/meta.json").read_bytes()
-    found = open_source("packed", tmp_path / "p", 8).fingerprint()
-    assert found == hashlib.sha256(meta).hexdigest()
+
+    def fingerprints() -> list[str]:
+        given = [("folder", folder), ("hdf5", tmp_path / "h"), ("packed", tmp_path / "p")]
+        sources = [open_source(name, path, 8).fingerprint() for name, path in given]
+        return [*sources, open_images(folder).fingerprint()]
+
+    before = fingerprints()
+    assert fingerprints() == before and len(set(before)) == 4
+    invert(folder / "b/1.bmp")
+    invert(tmp_path / "p/shard-00002.npy")
+    with h5py.File(tmp_path / "h/images.h5", "r+") as file:
+        data = file[H5_NAMES[1]]
+        data[-20] = 255 - data[-20]
+    assert not {*fingerprints()} & {*before}
+
+
+def test_order_names_resolution_and_labels_count_where_they_matter(tmp_path):
+    folder = fill(tmp_path / "f", ["a/1.png", "b/2.png"])
+    before = content_of(open_source("folder", folder, 8))
+    assert content_of(open_source("folder", folder, 8)) == before
+    assert content_of(open_source("folder", folder, 9))["images_sha256"] != before["images_sha256"]
+    (folder / "a/1.png").rename(folder / "a/3.png")
+    assert content_of(open_source("folder", folder, 8))["images_sha256"] != before["images_sha256"]
+    root = official_h5(tmp_path / "h", H5_NAMES, H5_LABELS)
+    before = content_of(open_source("hdf5", root, 8))
+    others = [[name, (label + 1) % 5] for name, label in H5_LABELS[:3]]
+    (root / "dataset.json").write_text(json.dumps({"labels": others}))
+    after = content_of(open_source("hdf5", root, 8))
+    assert after["images_sha256"] == before["images_sha256"]
+    assert after["labels_sha256"] != before["labels_sha256"]
 
 
 # ---- each kind -----------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from models.errors import UserError
 from tests.utils.evaluation.toy_network import toy_net
 from utils.distributed import Ranks
 from utils.evaluation.evaluate import evaluate
-from utils.evaluation.images.image_sets import open_images, read_ahead
+from utils.evaluation.images.image_sets import open_images
 from utils.evaluation.images.npz_images import open_array_file
+from utils.evaluation.images.reader import read_ahead
 from utils.evaluation.options import Options, sampling_settings
-from utils.evaluation.reference import INCEPTION_DIMS, Reference
+from utils.evaluation.reference import Reference
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
-DIM = INCEPTION_DIMS["pool"]
 ALONE = Ranks(distributed=False, device="cpu")
 
 
@@ -158,56 +158,6 @@ def test_a_folder_of_other_things_is_refused(kind, tmp_path):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=str(tmp_path)):
         list(read_ahead(open_images(tmp_path), [(0, 2)]))
-
-
-def test_a_fifo_and_a_link_to_itself_among_images_are_named(tmp_path):
-    for make in (os.mkfifo, lambda path: path.symlink_to(path)):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        make(folder / "b.png")
-        (folder / "a.png").write_bytes(picture())
-        with pytest.raises(UserError, match=r"b\.png"):
-            open_images(folder).read(0, 2)
-
-
-def statistics(**changes) -> dict[str, np.ndarray]:
-    return {"mu": np.zeros(DIM), "sigma": np.eye(DIM)} | changes
-
-
-def off_diagonal(value: float) -> np.ndarray:
-    sigma = np.eye(DIM)
-    sigma[0, 1] = value
-    return sigma
-
-
-STATISTICS = {
-    "other dimensions": statistics(mu=np.zeros(4), sigma=np.eye(4)),
-    "exchanged": statistics(mu=np.eye(DIM), sigma=np.zeros(DIM)),
-    "NaN": statistics(mu=np.full(DIM, np.nan)),
-    "infinite": statistics(sigma=off_diagonal(np.inf)),
-    "not symmetric": statistics(sigma=off_diagonal(0.5)),
-    "a negative variance": statistics(sigma=-np.eye(DIM)),
-    "texts": statistics(mu=np.array(["a"] * DIM)),
-    "facts that are no object": statistics(meta=np.array("[1]")),
-    "facts that are no JSON": statistics(meta=np.array("{")),
-    "two numbers of images": statistics(n=np.array([1, 2])),
-    "only a mean": {"mu": np.zeros(DIM)},
-}
-
-
-@pytest.mark.parametrize("kind", STATISTICS)
-def test_statistics_that_are_none_are_refused(kind, tmp_path):
-    np.savez(tmp_path / "r.npz", **STATISTICS[kind])
-    with pytest.raises(UserError, match=r"r\.npz"):
-        Reference(tmp_path / "r.npz").check_file(toy_net(), {"pool"})
-
-
-def test_statistics_of_10_to_12_numbers_take_no_memory(tmp_path):
-    with zipfile.ZipFile(tmp_path / "r.npz", "w") as archive:
-        for name in ("mu", "sigma"):
-            archive.writestr(f"{name}.npy", header((10**12,), "<f8"))
-    with pytest.raises(UserError, match="mu"):
-        Reference(tmp_path / "r.npz").check_file(toy_net(), {"pool"})
 
 
 def test_damaged_statistics_in_the_cache_are_made_again(tmp_path):

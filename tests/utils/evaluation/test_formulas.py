@@ -22,11 +22,6 @@ from utils.evaluation.formulas.frechet import (
     frechet_distance,
     frechet_from_factors,
 )
-from utils.evaluation.formulas.manifolds import (
-    manifold_radii,
-    precision_recall,
-    squared_distances,
-)
 from utils.evaluation.formulas.pictures import LatentStatistics, psnr, ssim
 from utils.evaluation.formulas.scores import inception_score
 
@@ -178,61 +173,6 @@ def test_inception_score_equals_a_direct_float64_computation(rng):
     scores = [np.exp((s * np.log(s / s.mean(0))).sum(1).mean()) for s in splits]
     expected = np.mean(scores), np.std(scores)
     assert inception_score(pool, weight, split_size=20) == pytest.approx(expected, rel=1e-6)
-
-
-def brute_force(real, fake, k=3):
-    def distances(a, b):
-        return ((a[:, None] - b[None]) ** 2).sum(2)
-
-    radii = [np.sort(distances(x, x), 1)[:, k] for x in (real, fake)]
-    d = distances(real, fake)
-    return (d <= radii[0][:, None]).any(0).mean(), (d <= radii[1][None]).any(1).mean()
-
-
-@pytest.mark.parametrize("block", [32, 10_000])
-def test_precision_and_recall_equal_brute_force(rng, block):
-    real = np.float32(rng.standard_normal((200, 8)))
-    fake = np.float32(rng.standard_normal((150, 8)) * 0.8 + 0.3)
-    expected = brute_force(np.float64(real), np.float64(fake))
-    assert precision_recall(real, fake, 3, "fp32", block) == pytest.approx(expected)
-    assert 0.1 < expected[1] < expected[0] < 1
-
-
-@pytest.mark.parametrize("mode", ["fp32", "adm_fp16"])
-def test_precision_and_recall_of_extreme_sets_are_not_exchanged(rng, mode):
-    real = np.float32(rng.standard_normal((100, 16)))
-    collapsed = real[:1] + np.float32(rng.standard_normal((100, 16)) * 0.05)
-    assert precision_recall(real, real, 3, mode) == (1, 1)
-    assert precision_recall(real, real + 100, 3, mode) == (0, 0)
-    precision, recall = precision_recall(real, collapsed, 3, mode)
-    assert precision > 0.9
-    assert recall < 0.1
-
-
-def test_half_distances_repeat_float16_arithmetic(rng):
-    u, v = (np.float32(rng.standard_normal((40, 64)) * 3) for _ in range(2))
-    hu, hv = np.float16(u), np.float16(v)
-    norms = [np.float16((a * a).astype(np.float32).sum(1)) for a in (hu, hv)]
-    gram = np.float16(hu.astype(np.float32) @ hv.astype(np.float32).T)
-    expected = np.maximum(norms[0][:, None] - np.float16(2) * gram + norms[1][None], np.float16(0))
-    found = squared_distances(torch.from_numpy(u), torch.from_numpy(v), "adm_fp16").numpy()
-    assert found.dtype == np.float32
-    assert (found == expected).mean() > 0.98  # sums in another order may round differently
-    np.testing.assert_allclose(found, expected, atol=2)
-    assert not np.array_equal(found, squared_distances(*map(torch.from_numpy, (u, v)), "fp32"))
-
-
-def test_a_block_that_overflows_float16_is_computed_in_float32(rng):
-    x = torch.from_numpy(np.float32(rng.standard_normal((20, 8)) * 1000))
-    half = squared_distances(x, x, "adm_fp16")
-    assert torch.isfinite(half).all()
-    assert torch.equal(half, squared_distances(x, x, "fp32"))
-
-
-def test_precision_and_recall_need_k_plus_1_images():
-    with pytest.raises(UserError, match="3 images in the samples"):
-        precision_recall(np.zeros((4, 2)), np.zeros((3, 2)), 3, "fp32")
-    assert manifold_radii(torch.zeros(4, 2), 3, "fp32").shape == (4,)
 
 
 def test_psnr_of_a_constant_error_and_of_none():

@@ -1,6 +1,7 @@
 """Reading images: every container gives the same bytes, and damaged ones end in one line."""
 
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -9,14 +10,18 @@ import torch
 from PIL import Image
 
 from models.errors import UserError
+from tests.utils.evaluation.toy_network import sampling_record
+from utils.distributed import Ranks
+from utils.evaluation.evaluate import evaluate
+from utils.evaluation.images.beside import record_beside
 from utils.evaluation.images.image_sets import (
     open_images,
-    read_ahead,
-    record_beside,
     subset,
 )
 from utils.evaluation.images.naming import is_source
-from utils.evaluation.options import sampling_settings
+from utils.evaluation.images.reader import read_ahead
+from utils.evaluation.options import Options, sampling_settings
+from utils.process.written import LONGEST_JSON
 
 
 @pytest.fixture
@@ -193,7 +198,7 @@ def test_folders_of_mixed_sizes_modes_or_nothing_are_refused(tmp_path, pictures)
         open_images(mixed).read(0, 14)
     grey = tmp_path / "grey"
     grey.mkdir()
-    with pytest.raises(UserError, match="no images below"):
+    with pytest.raises(UserError, match="no images in"):
         open_images(grey)
     Image.fromarray(pictures[0, :, :, 0]).save(grey / "0.png")
     with pytest.raises(UserError, match="mode L, expected 8-bit RGB"):
@@ -205,9 +210,49 @@ def test_folders_of_mixed_sizes_modes_or_nothing_are_refused(tmp_path, pictures)
 
 def test_the_record_beside_the_samples_is_found(tmp_path, pictures):
     path = tmp_path / "s.npz"
-    assert record_beside(path) is None
-    record = {"settings": {"solver": "sde", "uint8": "round"}, "seconds": 1}
+    assert record_beside(path) == record_beside(pictures) == (None, "")
+    np.savez(path, pictures)
+    record = sampling_record(13, uint8="round") | {"seconds": 1}
     path.with_suffix(".json").write_text(json.dumps(record))
-    assert sampling_settings(record_beside(path))["uint8"] == "round"
+    images = open_images(path)
+    assert sampling_settings(images.record)["uint8"] == "round" and not images.notes
     assert sampling_settings({"metrics": {}}) == {}
-    assert record_beside(pictures) is None
+
+
+FOREIGN = {
+    "a list": b"[1, 2]",
+    "broken": b'{"settings": ',
+    "empty": b"",
+    "deep": b"[" * 99_999,
+    "no UTF-8": b"\xff\xfe\x00",
+    "of another program": b'{"solver": "dpm", "settings": {"solver": "dpm"}}',
+    "an evaluation": b'{"metrics": {}, "samples": {}}',
+    "of more samples": json.dumps(sampling_record(14)).encode(),
+    "with changed settings": json.dumps(
+        sampling_record(13) | {"settings": {"solver": "ode"}}
+    ).encode(),
+    "of other samples": json.dumps(sampling_record(13) | {"content_sha256": "0" * 64}).encode(),
+}
+
+
+@pytest.mark.parametrize("kind", [*FOREIGN, "huge", "a folder", "a FIFO", "a broken link"])
+def test_a_json_that_is_not_theirs_is_a_warning_in_the_record(kind, tmp_path, pictures):
+    np.savez(tmp_path / "s.npz", pictures)
+    beside = tmp_path / "s.json"
+    match kind:
+        case "huge":
+            with beside.open("wb") as file:
+                file.truncate(LONGEST_JSON + 1)
+        case "a folder":
+            beside.mkdir()
+        case "a FIFO":
+            os.mkfifo(beside)
+        case "a broken link":
+            beside.symlink_to("nowhere")
+        case _:
+            beside.write_bytes(FOREIGN[kind])
+    options = Options(features="pixel", metrics=("fid",), cache=None)
+    record = evaluate(tmp_path / "s.npz", pictures, options, ranks=Ranks(False, "cpu"))
+    assert record["samples"]["record"] is None and record["samples"]["uint8_rule"] is None
+    (said,) = [text for text in record["warnings"] if "beside" in text or "s.json" in text]
+    assert "\n" not in said and str(tmp_path) in said

@@ -36,73 +36,73 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 @pytest.fixture
-def kid(monkeypatch):
-    """What somebody would write who adds KID: a function and a row."""
+def mmd(monkeypatch):
+    """What somebody would write who adds one: a function and a row."""
 
     def compute(pair) -> Result:
         reference, samples = pair.rows()
         value = kernel_distance(reference.double(), samples.double())
-        return Result(value, {"n_reference": len(reference)}, {"kid": "all images in one subset"})
+        return Result(value, {"n_reference": len(reference)}, {"mmd": "all images in one subset"})
 
     row = Metric(
-        "kid",
+        "mmd",
         compute,
-        {"inception": ("KID-50K", "KID")},
-        other="KD",
+        {"inception": ("MMD-50K", "MMD")},
+        other="MMD",
         reference_rows=True,
         sample_rows=True,
         least_images=5,
         by_default=False,
     )
-    monkeypatch.setitem(METRICS, "kid", row)
+    monkeypatch.setitem(METRICS, "mmd", row)
     return row
 
 
-def test_a_new_metric_is_one_row(kid, tmp_path):
+def test_a_new_metric_is_one_row(mmd, tmp_path):
     real, fake, net = textures(40, 1, 16), textures(30, 2, 16), toy_net()
-    options = Options(metrics=("fid", "kid"), cache=tmp_path)
+    options = Options(metrics=("fid", "mmd"), cache=tmp_path)
     for cache in ("computed now", "hit"):
         record = evaluate(fake, real, options, net=net, ranks=ALONE)
-        assert list(record["metrics"]) == ["FD[toy]", "KD[toy]"]
+        assert list(record["metrics"]) == ["FD[toy]", "MMD[toy]"]
         expected = kernel_distance(*(net(x)["pool"].double() for x in (real, fake)))
-        assert record["metrics"]["KD[toy]"] == pytest.approx(expected, rel=1e-6)
-        assert record["details"]["KD[toy]"] == {"n_reference": 40}
-        assert record["protocol"]["kid"] == "all images in one subset"
+        assert record["metrics"]["MMD[toy]"] == pytest.approx(expected, rel=1e-6)
+        assert record["details"]["MMD[toy]"] == {"n_reference": 40}
+        assert record["protocol"]["mmd"] == "all images in one subset"
         assert record["reference"]["cache"] == cache
     published = evaluate(fake, real, options, net=toy_net(published=True), ranks=ALONE)
-    assert "KID@30" in published["metrics"]
-    with pytest.raises(UserError, match="kid needs at least 5"):
-        evaluate(fake[:4], real, Options(metrics=("kid",)), net=net, ranks=ALONE)
+    assert "MMD@30" in published["metrics"]
+    with pytest.raises(UserError, match="mmd needs at least 5"):
+        evaluate(fake[:4], real, Options(metrics=("mmd",)), net=net, ranks=ALONE)
 
 
-def test_a_metric_outside_the_default_set_is_computed_only_when_named(kid):
+def test_a_metric_outside_the_default_set_is_computed_only_when_named(mmd):
     real, fake = textures(40, 1, 16), textures(30, 2, 16)
     record = evaluate(fake, real, Options(cache=None), net=toy_net(), ranks=ALONE)
-    assert not any(name.startswith("KD") for name in record["metrics"])
+    assert not any(name.startswith("MMD") for name in record["metrics"])
 
 
-def test_the_script_offers_what_is_in_the_tables(kid, capsys):
+def test_the_script_offers_what_is_in_the_tables(mmd, capsys):
     with pytest.raises(SystemExit):
         evaluate_fid.parse_args(["--help"])
     text = "".join(capsys.readouterr().out.split())
     assert ",".join(METRICS) in text
     assert ",".join(VAE_METRICS) in text
-    args = evaluate_fid.parse_args(["--samples", "a.npz", "--metrics", "kid"])
+    args = evaluate_fid.parse_args(["--samples", "a.npz", "--metrics", "mmd"])
     evaluate_fid.check_args(args)
 
 
-def test_statistics_without_images_serve_what_needs_no_rows(kid):
+def test_statistics_without_images_serve_what_needs_no_rows(mmd):
     class OnlyStatistics:
         """As a `Reference` to a file of statistics."""
 
-        def missing(self, feature, rows):
+        def missing(self, family, feature, rows):
             return "holds no images" if rows else None
 
     chosen, left_out = choose_metrics(None, "inception", OnlyStatistics())
     assert [metric.name for metric in chosen] == ["fid", "sfid", "is"]
     assert left_out == [f"{name} left out: holds no images" for name in ("precision", "recall")]
-    with pytest.raises(UserError, match="kid: holds no images"):
-        choose_metrics(("kid",), "inception", OnlyStatistics())
+    with pytest.raises(UserError, match="mmd: holds no images"):
+        choose_metrics(("mmd",), "inception", OnlyStatistics())
 
 
 def test_metrics_come_in_the_order_of_the_table():
@@ -117,7 +117,7 @@ def test_metrics_come_in_the_order_of_the_table():
 class Everything:
     """As a `Reference` of images."""
 
-    def missing(self, feature, rows):
+    def missing(self, family, feature, rows):
         return None
 
 

@@ -15,7 +15,13 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from models.errors import UserError
 from models.weights import WeightFile
 from tests.random_inception import textures
-from utils.evaluation.networks import ADMInception, _dinov2, hub_pos_embed, load_features
+from utils.evaluation.networks import (
+    ADMInception,
+    _dinov2,
+    hub_pos_embed,
+    load_features,
+    load_inception,
+)
 from utils.evaluation.options import PUBLISHED, parse_features
 from utils.files import sha256_file
 
@@ -50,7 +56,7 @@ def test_inception_features_are_bit_equal_to_torch_fidelity(inception_weights):
 
 @pytest.mark.slow
 def test_spatial_features_are_those_of_mixed_6d(inception_weights):
-    net, blocks = ADMInception(inception_weights), {}
+    net, blocks = ADMInception(load_inception(inception_weights)), {}
     for name in ("Mixed_6d", "Mixed_6e"):
         getattr(net.net, name).register_forward_hook(lambda m, i, o, n=name: blocks.update({n: o}))
     spatial = net.features(textures(2, 1))["spatial"].reshape(2, 17, 17, 7).permute(0, 3, 1, 2)

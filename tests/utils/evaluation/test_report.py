@@ -1,10 +1,8 @@
 """What numbers are called, and which may stand in a table with published ones."""
 
-import pytest
-
 from tests.utils.evaluation.toy_network import toy_net
 from utils.evaluation.metrics import METRICS, VAE_METRICS
-from utils.evaluation.report import assess_comparability, metric_name, scalars
+from utils.evaluation.report import metric_name, scalars
 
 
 def test_names_follow_network_count_and_metric():
@@ -32,14 +30,3 @@ def test_scalars_for_logs_carry_the_number_of_images():
         "FID-1k": 3.0,
         "precision-1k": 1.0,
     }
-
-
-@pytest.mark.parametrize(
-    ("published", "n", "from_file", "good"),
-    [(True, 50_000, True, True), (False, 50_000, True, False), (True, 49_999, True, False),
-     (True, 50_000, False, False)],
-)  # fmt: skip
-def test_only_50000_images_and_published_parts_are_comparable(published, n, from_file, good):
-    record = {"n": n, "not_comparable_because": []}
-    assess_comparability(record, toy_net(published=published), from_file)
-    assert record["comparable_to_papers"] is good

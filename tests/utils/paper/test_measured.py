@@ -48,6 +48,7 @@ DIFFERENT = {
         "settings": {"precision": "bf16", "tf32": False}
     },
     "timestep_shift 0.3, not 1.0": {"settings": {"timestep_shift": 0.3}},
+    "cfg_channels 3, not 0": {"settings": {"cfg_channels": 3}},
     "precision and recall fp32, not adm_fp16": {
         "protocol": {"precision_recall": {"mode": "fp32"}}
     },
@@ -95,7 +96,12 @@ EXCLUDED = {
         "features": {"label": "dinov2", "published_weights": True},
         "metrics": {"FD-DINOv2-50K": 4.11},
     },
-    "reference VIRTUAL_imagenet512.npz": {"reference": {"name": "VIRTUAL_imagenet512.npz"}},
+    "reference VIRTUAL_imagenet256_labeled.npz, whose sha256 is not known": {
+        "reference": {"name": "VIRTUAL_imagenet256_labeled.npz", "file_sha256": "0" * 64},
+    },
+    "the samples are stored with loss": {
+        "comparability": {"gFID-50K": ["the samples are stored with loss"]},
+    },
     "the reference statistics are not those of a published file": {
         "not_comparable_because": ["the reference statistics are not those of a published file"],
     },
@@ -111,6 +117,14 @@ def test_what_is_not_comparable_never_enters_the_table(why, measured):
     assert "4.11" not in table and "4.11" in below and why in below
     line = next(x for x in listing(TABLES, find_measured(folder)) if why in x)
     assert "not comparable" in line and "4.11" not in line
+
+
+def test_a_metric_that_is_not_comparable_leaves_its_place_in_the_row_empty(measured):
+    against = {name: [] for name in tables.METRIC_NAMES} | {"recall": ["distances fp32"]}
+    folder = measured(comparability=against, protocol={"precision_recall": {"mode": "fp32"}})
+    _, same, other, why = cells(shown(folder), "7/init-400k")[0]
+    assert (same, other) == ("", "4.11 / 4.50 / 160.2 / 0.75 / -")
+    assert why == "no recall: distances fp32"
 
 
 def test_a_guided_record_belongs_to_the_guided_row(measured):

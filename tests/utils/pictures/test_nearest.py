@@ -31,12 +31,16 @@ def test_copies_are_found_and_others_are_not():
 
 
 def test_the_script_shows_the_nearest_first(tmp_path, capsys):
+    (known := tmp_path / "known").mkdir()
     for i, image in enumerate(training := smooth(9, 0)):
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        Image.fromarray(image).save(known / f"{i}.png")
+    (known / "notes.txt").touch()
     np.savez(tmp_path / "s.npz", arr_0=np.concatenate([smooth(2, 1), training[3:4]]))
-    words = ["--samples", tmp_path / "s.npz", "--training", f"folder:{tmp_path}", "--num", 2]
+    words = ["--samples", tmp_path / "s.npz", "--training", f"folder:{known}", "--num", 2]
     assert not run_here("scripts/nearest_images.py", *words, "--out", tmp_path / "out" / "n.png")
-    assert "1 of 3 samples" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 of 3 samples" in said and "s.npz, 3 images\n" in said
+    assert f"folder:{known}@32, 9 images; ignored: 1 .txt" in said
     with Image.open(tmp_path / "out" / "n.png") as picture:
         assert picture.height > 2 * 96 and picture.width > 4 * 96
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from models.errors import UserError
 from utils.config.load import load_config, to_yaml
+from utils.evaluation.references.known import KNOWN
 from utils.report import charts, gallery
 from utils.report.collect import read_run, read_runs, unique_names
 from utils.report.events import events_of
@@ -175,7 +176,7 @@ def test_what_is_no_run_is_one_line(make, tmp_path):
 def test_a_file_that_is_no_report_is_kept(tmp_path):
     run, out = make_run(tmp_path / "a"), tmp_path / "mine.html"
     out.write_text("<p>mine")
-    with pytest.raises(UserError, match="is no report"):
+    with pytest.raises(UserError, match="is not a report"):
         write_report([run], out)
     assert out.read_text() == "<p>mine"
 
@@ -193,12 +194,13 @@ def test_pictures_are_limited_and_the_last_one_is_shown_without_the_script(tmp_p
 def test_a_record_of_the_full_protocol_stands_beside_published_numbers(tmp_path):
     name, step = "repae-sdvae-xl2", "0400000"
     run = make_run(tmp_path / name)
+    (adm,) = (sha256 for sha256, each in KNOWN.items() if each.of_adm_suite)
     record = {
         "metrics": {"gFID-50K": 4.2, "sFID-50K": 4.6, "IS-50K": 160.04, "precision": 0.7},
         "n": 50_000, "features": {"label": "inception", "published_weights": True},
         "samples": {"size": [256, 256], "record": {
             "settings": {"solver": "sde"}, "checkpoint": str(run / "checkpoints" / step)}},
-        "reference": {"name": "VIRTUAL_imagenet256_labeled.npz"},
+        "reference": {"name": "ref.npz", "file_sha256": adm},
     }  # fmt: skip
     (run / "evaluation.json").write_text(json.dumps(record))
     text = report(run)

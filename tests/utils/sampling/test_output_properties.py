@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sample_ddp
+from utils.data.base import hash_images, join_hashes
 from utils.data.sharded import ShardedFolder
 from utils.sampling.images import split_evenly
 from utils.sampling.output import SampleFiles
@@ -58,7 +59,8 @@ def test_the_npz_holds_the_blocks_in_order_whatever_their_size(num, size, side, 
     files = SimpleNamespace(num_samples=num, shape=(side, side, 3), blocks=blocks)
     written = []
     for _ in range(2):
-        SampleFiles._write_npz(files, stream := io.BytesIO())
+        SampleFiles._write_npz(files, stream := io.BytesIO(), hashes := [])
+        assert join_hashes((side, side), b"".join(hashes)) == hash_images((side, side), [images])
         written.append(stream.getvalue())
     assert written[0] == written[1]
     with np.load(io.BytesIO(written[0]), allow_pickle=False) as file:

@@ -15,6 +15,7 @@ from models.errors import UserError
 from utils import cli, samplers
 from utils.config.schema import EvalConfig, PreviewConfig
 from utils.sampling.settings import (
+    ADDED,
     DEFAULT,
     SamplingSettings,
     describe_presets,
@@ -80,7 +81,7 @@ def test_every_field_is_a_flag_of_its_own_type():
     values |= {"guidance_high": 0.5, "timestep_shift": 2.5, "class_balanced": True, "seed": 9}
     values |= {"precision": "fp32", "path": "cosine", "uint8": "truncate", "tf32": True}
     values |= {"compile": True, "batch_size": 8, "decode_batch_size": 4}
-    values |= {"decode_precision": "bf16"}
+    values |= {"decode_precision": "bf16", "cfg_channels": 3, "heun_guidance": "predictor"}
     assert values.keys() == {f.name for f in flag_fields()}
     words = []
     for name, value in values.items():
@@ -93,7 +94,7 @@ def test_speed_and_memory_are_no_part_of_the_identity():
     others = replace(settings, batch_size=1, decode_batch_size=1)
     assert settings.that_decide_pixels() == others.that_decide_pixels()
     left_out = asdict(settings).keys() - settings.that_decide_pixels().keys()
-    assert left_out == {"batch_size", "decode_batch_size", "classes"}
+    assert left_out == {"batch_size", "decode_batch_size", *ADDED}
 
 
 def test_the_configuration_knows_the_same_solvers():
@@ -105,6 +106,9 @@ def test_the_configuration_knows_the_same_solvers():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"heun_guidance": "predictor"}, "predictor needs --solver ode-heun: sde has no corrector"),
+        ({"heun_guidance": "published"}, "--heun-guidance published must be one of own, predictor"),
+        ({"cfg_channels": -1}, "--cfg-channels -1 must be at least 0"),
         ({"solver": "sde", "steps": 1}, "--solver sde needs 2 steps or more, not 1"),
         ({"steps": 0}, "--steps 0 must be at least 1"),
         ({"cfg_scale": float("nan")}, "--cfg-scale nan must be a finite number"),

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,11 +13,8 @@ from models.errors import UserError
 from utils.cli import SourceWords
 from utils.data.base import Names, Source, number_classes, printable, read_labels
 from utils.data.images import read_image
+from utils.data.listing import LABELS, is_image_name, list_images
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# Pictures of these kinds are ignored, and their users told so.
-UNREAD_EXTENSIONS = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".ppm")
-LABELS = "dataset.json"  # of the layout of EDM's and REPA's tools, whose folders are no classes
 # Folders of these names hold parts of a data set, each with the class folders.
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 # Folders of these names lie beside the images and belong to them; none of them is a class.
@@ -40,7 +36,7 @@ class FolderSource(Source):
 
     def __init__(self, root: Path, resolution: int, split: str = "all") -> None:
         super().__init__(root, resolution)
-        found = _Listing(root, self.words)
+        found = _ClassFolders(root, self.words)
         if os.path.lexists(root / LABELS):
             names = sorted(name for below in found.per_class for name in below) + found.flat
             labels = read_labels(root / LABELS, names)
@@ -50,7 +46,8 @@ class FolderSource(Source):
             self.classes, per_class, notes = found.classes_of_folders()
             names = [name for below in per_class for name in below]
             self.labels = np.repeat(np.arange(self.num_classes), [len(b) for b in per_class])
-        self.notes = [*notes, *found.notes()]
+        ignored = found.listing.ignored_line()
+        self.notes = [*notes, *([ignored] if ignored else [])]
         self._names = Names(names)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
@@ -61,73 +58,21 @@ class FolderSource(Source):
         """Path below root, with forward slashes."""
         return self._names[i]
 
-    def sizes(self) -> Iterable[int]:
-        """The size of each image's file."""
-        for name in self._names:
-            try:
-                yield os.stat(self.root / name).st_size
-            except OSError as error:
-                text = f"cannot read {self.root / name}: {error.strerror}; repair or remove it"
-                raise UserError(text) from error
+    def files(self) -> Iterable[Path]:
+        """Each image is a file."""
+        return (self.root / name for name in self._names)
 
 
-class _Listing:
-    """The images below a folder: `flat` in the folder itself, `per_class` below each of its
-    `folders`, sorted paths below root."""
+class _ClassFolders:
+    """The images of a `Listing` as classes, and what is odd about its folders."""
 
     def __init__(self, root: Path, words: SourceWords) -> None:
         self.root, self.words = root, words
-        self.ignored: list[str] = []  # visible files that are no images by their names
-        # (device, inode) of the folders above: a link to one of them would never end
-        above = [_identity(folder) for folder in (root, *Path(os.path.realpath(root)).parents)]
-        folders, files = self._scan("")
-        self.folders = sorted(folders, key=natural_key)
-        self.flat = sorted(self._images(files))
-        self.per_class = [self._below(folder, above) for folder in self.folders]
-        if not (self.flat or any(self.per_class)):
-            text = f"no images in {root}: looked for {', '.join(IMAGE_EXTENSIONS)}"
-            remedy = self._unread("") or "give the folder of the class folders"
-            raise UserError(f"{text}, also in subfolders; {remedy}")
-
-    def _scan(self, folder: str) -> tuple[list[str], list[str]]:
-        """Paths below root of the visible folders and files in a folder."""
-        found: tuple[list[str], list[str]] = [], []
-        try:
-            with os.scandir(self.root / folder) as entries:
-                for entry in entries:
-                    if not entry.name.startswith("."):
-                        path = f"{folder}/{entry.name}" if folder else entry.name
-                        found[not _is_folder(entry)].append(path)
-        except OSError as error:
-            text = f"cannot list {self.root / folder}: {error.strerror}; repair or remove it"
-            raise UserError(text) from error
-        return found
-
-    def _images(self, files: list[str]) -> list[str]:
-        self.ignored += [f for f in files if not is_image_name(f) and f != LABELS]
-        return [f for f in files if is_image_name(f)]
-
-    def _unread(self, folder: str) -> str:
-        """What to do about the pictures below a folder that are of no kind that is read, if any."""
-        found = [f for f in self.ignored if f.lower().endswith(UNREAD_EXTENSIONS)]
-        found = [f for f in found if not folder or f.startswith(f"{folder}/")]
-        first = printable(min(found, default=""))
-        return f"convert its {len(found)} other pictures to PNG (first {first})" if found else ""
-
-    def _below(self, top: str, above: list[tuple[int, int]]) -> list[str]:
-        """All images below a class folder. Links to folders are followed, each folder once."""
-        images, seen, todo = [], set(), [(top, above)]
-        while todo:
-            folder, above = todo.pop()
-            identity = _identity(self.root / folder)
-            if identity in above:
-                raise UserError(f"{self.root / folder} links back to a folder above it; remove it")
-            if identity not in seen:
-                seen.add(identity)
-                folders, files = self._scan(folder)
-                images += self._images(files)
-                todo += [(each, [*above, identity]) for each in sorted(folders, reverse=True)]
-        return sorted(images)
+        self.listing = list_images(root)
+        self.listing.require_images("give the folder of the class folders")
+        self.folders = list(self.listing.per_class)
+        self.per_class = list(self.listing.per_class.values())
+        self.flat = self.listing.flat
 
     def classes_of_folders(self) -> tuple[list[str], list[list[str]], Iterable[str]]:
         """Class names, the images of each, and notes; `UserError` if the folder is no data set."""
@@ -151,7 +96,7 @@ class _Listing:
             return
         empty = self.folders[self.per_class.index([])]
         text = f"class folder {root / empty} holds no images; "
-        text += self._unread(empty) or "fill or remove it"
+        text += self.listing.unread(empty) or "fill or remove it"
         if len(filled) == 1:  # images beside their labels, for example
             text += f", or give the only folder with images, {self._as_path(filled[0])}"
         raise UserError(text)
@@ -207,14 +152,6 @@ class _Listing:
                 f"classes, {self.root} is one level too low; give {self._as_path(root.parent)}"
             )
 
-    def notes(self) -> list[str]:
-        """Of the files that are passed over."""
-        if not self.ignored:
-            return []
-        text = f"{len(self.ignored)} files below {self.root} are no images by their names"
-        first = printable(min(self.ignored))
-        return [f"{text} and are ignored (first {first}; images are {', '.join(IMAGE_EXTENSIONS)})"]
-
 
 def _holds_images(entry: os.DirEntry) -> bool:
     """Whether a folder holds an image itself, among its first files."""
@@ -223,30 +160,3 @@ def _holds_images(entry: os.DirEntry) -> bool:
             return any(is_image_name(file.name) for file in itertools.islice(files, SIBLINGS))
     except OSError:  # no folder, or not to be read
         return False
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    try:
-        found = os.stat(folder)
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}; repair or remove it") from error
-    return found.st_dev, found.st_ino
-
-
-def natural_key(name: str) -> tuple:
-    """Sort key: 2.png before 10.png."""
-    parts = re.split(r"([0-9]+)", name)
-    return [int(p) if i % 2 else p for i, p in enumerate(parts)], name
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file is an image by its name, or its path."""
-    name = name.rsplit("/", 1)[-1]
-    return not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)

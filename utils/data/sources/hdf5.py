@@ -4,7 +4,7 @@ import io
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from models.errors import UserError, convert, read_json, what_is
 from utils.data.base import Allocator, Names, Source, number_classes, printable, read_labels
 from utils.data.images import ImageFileError, UnreadableImageError, read_image
-from utils.data.sources.folder import LABELS, is_image_name
+from utils.data.listing import LABELS, is_image_name
 
 LARGEST_FILE = 2**29  # bytes of one encoded image
 TRIED = 8  # names that are looked up at the start
@@ -72,9 +72,9 @@ class Hdf5Source(Source):
         """The image's name in images_h5.json."""
         return self._names[i]
 
-    def sizes(self) -> Iterable[int]:
-        """The size of images.h5."""
-        yield self._images.stat().st_size
+    def files(self) -> list[Path]:
+        """images.h5 alone."""
+        return [self._images]
 
     def _read(self, name: str) -> bytes:
         """The encoded bytes; `UnreadableImageError` if they are none."""

@@ -1,10 +1,11 @@
 """Packed data: raw uint8 pixels of images that were cropped once; the reader and the writer.
 
 shard-00000.npy ...            (n, R, R, 3) uint8
-shard-00000.json ...           keys and labels of its images, and those that were skipped
+shard-00000.json ...           keys, labels and hashes of its images, and those that were skipped
 labels.npy keys.txt            (N,) int64, one name a line, in the order of the rows
 skipped.txt                    "name<TAB>reason" of each unreadable image
-plan.json meta.json            what it was made from; written last, with the lengths of shards
+plan.json meta.json            what it was made from, with a hash of that; written last, with the
+                               lengths of shards and a hash of all pixels
 """
 
 import functools
@@ -19,13 +20,22 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from models.errors import RecordError, UserError
-from utils.data.base import Allocator, Source, number_classes
+from utils.data.base import (
+    Allocator,
+    Source,
+    content_of,
+    image_hashes,
+    join_hashes,
+    number_classes,
+)
+from utils.data.content import digests
 from utils.data.images import CROP_VERSION, UnreadableImageError, array_to_u8
 from utils.data.sharded import (
     KEYS,
@@ -35,10 +45,11 @@ from utils.data.sharded import (
     check_rows,
     load_column,
     load_keys,
+    read_header,
     remedy_for_meta,
     shard_file,
 )
-from utils.files import TEXT, sha256_file, write_atomically, write_lines
+from utils.files import write_atomically, write_lines
 from utils.records import load_record, number
 
 PACKED_FORMAT = "repae-packed-1"
@@ -65,11 +76,14 @@ class PackedShard:
 
     keys: list[str]
     labels: list[int] = number(at_least=0)
+    hashes: list[str]  # sha256 of the pixels
     skipped: list[tuple[str, str]]  # name and reason
 
     def __post_init__(self) -> None:
-        if len(self.keys) != len(self.labels):
-            raise RecordError(f"{len(self.keys)} keys and {len(self.labels)} labels")
+        counts = {len(self.keys), len(self.labels), len(self.hashes)}
+        if len(counts) > 1:
+            text = f"{len(self.keys)} keys, {len(self.labels)} labels and {len(self.hashes)} hashes"
+            raise RecordError(text)
 
 
 class PackedSource(Source):
@@ -124,8 +138,25 @@ class PackedSource(Source):
         return self._keys[i]
 
     def fingerprint(self) -> str:
-        """sha256 of meta.json, which holds a hash of what was packed."""
-        return sha256_file(self.root / META)
+        """Of the pixels, as `hash_images` of them, whatever the shards."""
+        hashes = hash_shards(self._rows.files, self.resolution)
+        return join_hashes((self.resolution, self.resolution), b"".join(hashes))
+
+
+def hash_shards(files: Sequence[Path], resolution: int) -> list[bytes]:
+    """`image_hashes` of each shard; of one that stays the same, they are kept."""
+    num_bytes = 3 * resolution**2
+
+    def compute(path: str, tell: Callable[[int], None]) -> bytes:
+        found = []
+        with open(path, "rb") as file:
+            file.seek(read_header(Path(path))[-1])
+            while pixels := file.read(num_bytes):
+                found.append(hashlib.sha256(pixels).digest())
+                tell(num_bytes)
+        return b"".join(found)
+
+    return digests(files, f"images of {num_bytes} bytes", compute)
 
 
 def _read_meta(root: Path) -> PackedMeta:
@@ -140,21 +171,16 @@ def _read_meta(root: Path) -> PackedMeta:
 
 
 def packed_folder(out: Path, source: Source, name: str, shard_size: int) -> ShardedFolder:
-    """The folder into which `source`, whose kind is `name`, is packed; nothing is written yet.
-    `UserError` if the source holds pixels already."""
-    sizes = source.sizes()
-    if sizes is None:
+    """The folder into which `source`, whose kind is `name`, is packed; nothing is written yet, and
+    no image is read: the plan lacks `content_of` the source. `UserError` if the source holds pixels
+    already."""
+    if source.files() is None:
         given = source.words.source.format(name)
         raise UserError(f"{given} holds pixels already; train on it without packing")
-    digest = hashlib.sha256()
-    for i, key in enumerate(source.list_keys()):
-        digest.update(f"{key}\t{source.label(i)}\n".encode(*TEXT))
-    for size in sizes:
-        digest.update(f"{size}\n".encode())
+    source.list_keys()  # refuses names that do not fit
     side, num = source.resolution, len(source)
     plan = {"format": PACKED_FORMAT, "crop_version": CROP_VERSION, "resolution": side}
     plan |= {"shard_size": shard_size, "source": name, "num_listed": num}
-    plan |= {"source_sha256": digest.hexdigest()}
     rows = {ARRAY: ((side, side, 3), np.uint8)}
     return ShardedFolder(out, plan=plan, num_items=num, shard_size=shard_size, rows=rows)
 
@@ -188,12 +214,13 @@ def _write_shards(mapper: Callable, source: Source, folder: ShardedFolder) -> No
         for shard in todo:
             path = folder.draft(shard)[ARRAY].filename
             tasks = [(path, *task) for task in enumerate(folder.items(shard))]
-            kept, record = [], {"keys": [], "labels": [], "skipped": []}
-            for (_, row, i), reason in zip(tasks, mapper(tasks)):
-                if reason is None:
+            kept, record = [], {"keys": [], "labels": [], "hashes": [], "skipped": []}
+            for (_, row, i), (sha256, reason) in zip(tasks, mapper(tasks)):
+                if sha256:
                     kept.append(row)
                     record["keys"].append(source.key(i))
                     record["labels"].append(source.label(i))
+                    record["hashes"].append(sha256)
                 else:
                     record["skipped"].append([source.key(i), " ".join(reason.split())])
                 bar.update()
@@ -201,18 +228,15 @@ def _write_shards(mapper: Callable, source: Source, folder: ShardedFolder) -> No
 
 
 def finish_packing(folder: ShardedFolder, source: Source) -> str:
-    """Join the records of all shards, write meta.json last, and return a summary to print."""
-    out, records, (row, dtype) = folder.folder, folder.records(PackedShard), folder.row(ARRAY)
-    keys, labels, skipped = (
+    """Join the records of all shards, write meta.json last, and return a summary to print.
+    `UserError` if the source has changed since, or a shard does not hold what was written there."""
+    folder.require_unchanged(content_of(source))
+    out, records = folder.folder, folder.records(PackedShard)
+    keys, labels, hashes, skipped = (
         [item for record in records for item in getattr(record, name)]
-        for name in ("keys", "labels", "skipped")
+        for name in ("keys", "labels", "hashes", "skipped")
     )
-    for shard, record in enumerate(records):
-        try:
-            check_rows(folder.file(ARRAY, shard), (len(record.keys), *row), dtype)
-        except ValueError as error:
-            text = f"{folder.file(ARRAY, shard)} {error}; delete {folder.record_file(shard).name}"
-            raise UserError(f"{text} and run the same command again") from None
+    _check_shards(folder, records, source.resolution)
     write_lines(out / SKIPPED, [f"{key}\t{reason}" for key, reason in skipped])
     if not keys:
         raise UserError(f"none of the {len(source)} images is readable; see {out / SKIPPED}")
@@ -221,12 +245,33 @@ def finish_packing(folder: ShardedFolder, source: Source) -> str:
     write_lines(out / KEYS, keys)
     lengths = [len(record.keys) for record in records]
     counts = {"num_images": len(keys), "num_skipped": len(skipped), "shards": lengths}
+    size = (source.resolution, source.resolution)
+    counts["pixels_sha256"] = join_hashes(size, bytes.fromhex("".join(hashes)))
     folder.finish(folder.plan | counts | {"classes": list(source.classes)})
     size = sum(folder.file(ARRAY, shard).stat().st_size for shard in range(folder.num_shards))
     return (
         f"packed {len(keys)} images, {source.num_classes} classes, {len(skipped)} skipped, "
         f"{size} bytes; use: data.source=packed data.path={out} data.resolution={source.resolution}"
     )
+
+
+def _check_shards(folder: ShardedFolder, records: Sequence[PackedShard], side: int) -> None:
+    """Read all shards back, those that have changed or were not read yet. `UserError` for one that
+    is not what its record says."""
+    files, (row, dtype) = [folder.file(ARRAY, i) for i in range(len(records))], folder.row(ARRAY)
+
+    def refuse(shard: int, why: object) -> NoReturn:
+        again = f"delete {folder.record_file(shard).name} and run the same command again"
+        raise UserError(f"{files[shard]} {why}; {again}")
+
+    for shard, record in enumerate(records):
+        try:
+            check_rows(files[shard], (len(record.keys), *row), dtype)
+        except ValueError as error:
+            refuse(shard, error)
+    for shard, found in enumerate(hash_shards(files, side)):
+        if found.hex() != "".join(records[shard].hashes):
+            refuse(shard, "holds other pixels than were packed")
 
 
 _source: Source | None = None  # set once per worker: it is too large to travel with every task
@@ -257,12 +302,15 @@ def _open_rows(path: str) -> np.ndarray:
     return np.load(path, mmap_mode="r+")
 
 
-def _pack_image(task: tuple[str, int, int]) -> str | None:
-    """Write image `index` into row `row` of the array at `path`; returns why it is unreadable."""
+def _pack_image(task: tuple[str, int, int]) -> tuple[str, str]:
+    """Write image `index` into row `row` of the array at `path`; returns the sha256 of its pixels
+    and "", or "" and why it is unreadable."""
     path, row, index = task
     try:
         assert _source is not None
         image, _ = _source[index]
     except UnreadableImageError as error:
-        return error.reason
-    _open_rows(path)[row] = image.permute(1, 2, 0).numpy()
+        return "", error.reason
+    pixels = image.permute(1, 2, 0).numpy()
+    _open_rows(path)[row] = pixels
+    return image_hashes(pixels).hex(), ""

@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.data.base import Allocator, Source
+from utils.data.base import Allocator, Source, hash_lines
 from utils.data.images import array_to_u8
 
 DIGITS_SPLIT_SEED = 20250416  # a constant, so that "test" is the same 20% for everybody
+
+
+_fingerprints: dict[tuple[int, bytes], str] = {}  # of digits
 
 
 class DigitsSource(Source):
@@ -49,6 +52,13 @@ class DigitsSource(Source):
     def _resized(self, i: int) -> Image.Image:
         size = (self.resolution, self.resolution)
         return Image.fromarray(self._grey[i]).resize(size, Image.Resampling.BICUBIC)
+
+    def fingerprint(self) -> str:
+        """Of the pixels. They are constants: a process hashes those of a split and size once."""
+        what = self.resolution, self._indices.tobytes()
+        if what not in _fingerprints:
+            _fingerprints[what] = super().fingerprint()
+        return _fingerprints[what]
 
     def key(self, i: int) -> str:
         """The digit's index in scikit-learn's set, whatever the split."""
@@ -103,6 +113,10 @@ class SyntheticSource(Source):
         shape = (3, self.resolution, self.resolution)
         noise = np.random.Philox(key=i).random_raw(-(-math.prod(shape) // 8)).view(np.uint8)
         return noise[: math.prod(shape)].reshape(shape)
+
+    def fingerprint(self) -> str:
+        """Of what the noise is a function of: to make and hash it would take ten seconds."""
+        return hash_lines([f"{len(self)} images of Philox noise, {self.resolution} px"])
 
     def key(self, i: int) -> str:
         return str(i)

@@ -6,7 +6,7 @@ moments are float64. D is the feature dimension.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -120,6 +120,8 @@ class Statistics:
     rows: np.ndarray | None = None
     # Frechet distance between two random halves of the set; None = not measured
     floor: float | None = None
+    # statistics of disjoint groups of the images, equally large; empty = not measured
+    groups: "list[Statistics]" = field(default_factory=list)
 
     @property
     def rank_deficient(self) -> bool:

@@ -1,5 +1,7 @@
 """What compares pictures with their reconstructions, and describes latents."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,7 @@ def ssim(x_u8: Tensor, y_u8: Tensor) -> Tensor:
         least = f"{SSIM_WINDOW}x{SSIM_WINDOW}; leave ssim out of --metrics"
         raise UserError(f"{height}x{width} images: SSIM needs at least {least}")
     x, y = x_u8.double(), y_u8.double()
-    rows, columns = _gaussian_filter(height).to(x), _gaussian_filter(width).T.to(x)
+    rows, columns = _gaussian_filter(height, x.device), _gaussian_filter(width, x.device).T
     mean_x, mean_y, xx, yy, xy = (rows @ map_ @ columns for map_ in (x, y, x * x, y * y, x * y))
     var_x, var_y, cov = xx - mean_x.square(), yy - mean_y.square(), xy - mean_x * mean_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -35,13 +37,14 @@ def ssim(x_u8: Tensor, y_u8: Tensor) -> Tensor:
     return score.mean((1, 2, 3))
 
 
-def _gaussian_filter(size: int) -> Tensor:
+@lru_cache  # to bring it to a GPU makes the host wait
+def _gaussian_filter(size: int, device: torch.device) -> Tensor:
     """(size - 10, size) float64: times a column of pixels, the window's weighted means of it."""
     offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
     window = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
     window /= window.sum()
     free = size - SSIM_WINDOW
-    return torch.stack([F.pad(window, (i, free - i)) for i in range(free + 1)])
+    return torch.stack([F.pad(window, (i, free - i)) for i in range(free + 1)]).to(device)
 
 
 class LatentStatistics:

@@ -1,14 +1,8 @@
-"""Images to be evaluated: opened by name, read ahead in blocks, with the record beside them.
+"""Images to be evaluated: opened by name, read in blocks, with the record beside them.
 
 Nothing is resized here (a resize before Inception changes every number), nothing converted.
 """
 
-import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +10,14 @@ import torch
 
 from models.errors import UserError, what_is
 from utils.cli import SourceWords, expand_path
-from utils.data.base import Source
+from utils.data.base import Source, hash_lines
+from utils.data.content import file_sha256s
 from utils.data.images import open_image
+from utils.data.listing import IGNORED, list_images
 from utils.data.registry import RESOLUTION, open_source, source_class
 from utils.data.sharded import META
-from utils.data.sources.folder import IMAGE_EXTENSIONS, natural_key
 from utils.data.sources.packed import PACKED_FORMAT
+from utils.evaluation.images.beside import record_beside
 from utils.evaluation.images.naming import IMAGES, SOURCE_SPEC, is_source
 from utils.evaluation.images.npz_images import (
     ArrayImages,
@@ -29,9 +25,7 @@ from utils.evaluation.images.npz_images import (
     check_layout,
     open_array_file,
 )
-from utils.files import TEXT, read_json, read_record
-
-READ_THREADS = 8  # PIL decodes outside the interpreter lock
+from utils.files import read_record
 
 
 def open_images(spec, resolution: int | None = None, split: str = "all") -> ImageSet:
@@ -51,7 +45,10 @@ def open_images(spec, resolution: int | None = None, split: str = "all") -> Imag
         return ArrayImages(spec, "in memory", "array")
     path = Path(expand_path(str(spec)))
     if path.suffix in (".npz", ".npy") and not path.is_dir():
-        return open_array_file(path)
+        images = open_array_file(path)
+        images.record, note = record_beside(path, len(images))
+        images.notes = [note] if note else []
+        return images
     if path.is_dir():
         packed = _open_packed(path)
         return SourceImages(*packed) if packed else FolderImages(path)
@@ -101,37 +98,28 @@ class FolderImages(ImageSet):
     8-bit RGB of one size; anything else is a `UserError`."""
 
     kind = "folder"
+    hashed = False
 
     def __init__(self, root: Path):
-        walk = os.walk(root, onerror=_cannot_list)
-        found = (Path(folder, name) for folder, _, files in walk for name in files)
-        images = (p for p in found if p.suffix.lower() in IMAGE_EXTENSIONS)
-        names = [p.relative_to(root).as_posix() for p in images]
-        names = [name for name in names if not (name.startswith(".") or "/." in name)]
-        if not names:
-            raise UserError(f"no images below {root}: expected {', '.join(IMAGE_EXTENSIONS)}")
-        self.root, self.name, self.names = root, str(root), sorted(names, key=natural_key)
-        self.lossy = any(name.lower().endswith((".jpg", ".jpeg", ".webp")) for name in names)
+        found = list_images(root)
+        found.require_images("give the folder of the images")
+        self.root, self.name, self.names = root, str(root), found.in_natural_order()
+        self.lossy = any(name.lower().endswith((".jpg", ".jpeg", ".webp")) for name in self.names)
+        ignored = found.ignored_line()
+        self.notes = [ignored] if ignored else []
         self.size = _decode(root / self.names[0], None).shape[:2]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        paths = [self.root / name for name in self.names[start:stop]]
-        return np.stack(_in_threads(partial(_decode, size=self.size), paths))
+        paths = (self.root / name for name in self.names[start:stop])
+        return np.stack([_decode(path, self.size) for path in paths])
 
     def fingerprint(self) -> str:
         """Of names and file bytes: cheaper than pixels, and as telling."""
-        digest = hashlib.sha256()
-        for name in self.names:
-            digest.update(f"{name}\0".encode(*TEXT))
-            digest.update((self.root / name).read_bytes())
-        return digest.hexdigest()
-
-
-def _cannot_list(error: OSError) -> None:
-    raise UserError(f"cannot list {error.filename}: {error.strerror}; repair or remove it")
+        hashes = file_sha256s(self.root / name for name in self.names)
+        return hash_lines([*self.names, *hashes])
 
 
 def _decode(path: Path, size: tuple[int, int] | None) -> np.ndarray:
@@ -154,19 +142,21 @@ class SourceImages(ImageSet):
     """A data source of training in its own order."""
 
     kind = "source"
+    planes = True
+    hashed = False
 
     def __init__(self, source: Source, name: str):
         self.source, self.name, self.size = source, name, (source.resolution, source.resolution)
+        self.notes = [note for note in source.notes if note.startswith(IGNORED)]
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        # memory in the order (3, H, W) for every source: the last bits of a convolution depend on
-        # the layout, and recorded numbers come from this one
-        take = self.source.take
-        images = _in_threads(lambda i: take(i)[0].contiguous().numpy(), range(start, stop))
-        return np.stack(images).transpose(0, 2, 3, 1)
+        (x_u8, *_), unreadable = self.source.read_batch(range(start, stop))
+        if unreadable and self.source.bad is not None:
+            self.source.bad.add(unreadable)
+        return x_u8.permute(0, 2, 3, 1).numpy()
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
@@ -177,7 +167,9 @@ class Subset(ImageSet):
 
     def __init__(self, images: ImageSet, num: int):
         self.kind, self.size, self.lossy = images.kind, images.size, images.lossy
+        self.parallel, self.planes = images.parallel, images.planes
         self.images, self.indices = images, np.arange(num) * len(images) // num
+        self.notes = images.notes
         self.name = f"{images.name}, {num} of {len(images)} evenly spaced"
 
     def __len__(self) -> int:
@@ -194,26 +186,3 @@ def subset(images: ImageSet, num: int | None) -> ImageSet:
     if not 0 < num <= len(images):
         raise UserError(f"--num {num}: expected 1 .. {len(images)}, the images of {images.name}")
     return Subset(images, num)
-
-
-def _in_threads(function: Callable, items: Iterable) -> list:
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        return list(pool.map(function, items))
-
-
-def read_ahead(images: ImageSet, blocks: Iterable[tuple[int, int]]) -> Iterator[torch.Tensor]:
-    """(n, 3, H, W) uint8 for each (start, stop), the next block read while this one is used."""
-    with ThreadPoolExecutor(1) as reader:
-        submitted = (reader.submit(images.read, *block) for block in blocks)
-        for pending, _ in pairwise(chain(submitted, [None])):
-            assert pending is not None  # the last one is only ever a successor
-            yield torch.tensor(pending.result()).permute(0, 3, 1, 2)
-
-
-def record_beside(spec) -> dict | None:
-    """The JSON of the same name beside a file of samples, as of sample_ddp.py; None without one."""
-    named = isinstance(spec, str | Path) and Path(spec).name  # "." and "/" have no name
-    path = Path(spec).with_suffix(".json") if named else None
-    if path is None or not path.is_file():
-        return None
-    return read_json(path, "copy or make it again, or remove it")
