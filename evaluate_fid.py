@@ -103,6 +103,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--metrics '': expected names, or leave it out for the default ones")
     if len(args.sets) > 1 and not args.table:
         raise UserError(f"{len(args.sets)} sets of samples: add --table OUT, or give one of them")
+    places = [spec if is_source(spec) else os.path.realpath(spec) for spec in args.sets]
+    if twice := [spec for i, spec in enumerate(args.sets) if places[i] in places[:i]]:
+        raise UserError(f"{twice[0]} is given twice: leave one of them out")
     if bool(args.vae) == bool(args.samples):
         raise UserError("give either --samples FILE --reference FILE, or --vae SPEC --data SPEC")
     if args.vae and not args.data:
@@ -240,19 +243,20 @@ def run_table(args: argparse.Namespace, options: Options, ranks) -> None:
     from utils.evaluation.table import evaluate_sets
     from utils.pictures.table import save_table
 
-    with progress_bars(ranks) as progress:
-        table = evaluate_sets(args.sets, args.reference, options, ranks=ranks, progress=progress)
-    ranks.print(table.markdown())
+    (page, _), (picture, _), (record, _) = table_files(args.table)
 
-    def write() -> None:
-        (page, _), (picture, _), (record, _) = table_files(args.table)
+    def write(table) -> None:
         page.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(page, table.markdown())
         save_table(picture, table.head(), table.lines(), table.notes())
-        write_record(record, table.as_json())
-        print(f"and {page.name}, {picture.name} beside it")
+        write_json(record, table.as_json())
 
-    ranks.on_main(write)
+    with progress_bars(ranks) as progress:
+        table = evaluate_sets(
+            args.sets, args.reference, options, ranks=ranks, keep=write, progress=progress
+        )
+    ranks.print(table.markdown())
+    ranks.print(f"written to {record}, and {page.name}, {picture.name} beside it")
 
 
 def run_vae(args: argparse.Namespace, options: Options, ranks, progress) -> dict:

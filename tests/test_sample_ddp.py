@@ -587,6 +587,11 @@ def test_finished_work_is_not_done_again(checkpoint, tmp_path, capsys, monkeypat
     here(checkpoint, out)
     assert "has these 96 images already" in capsys.readouterr().out
     assert out.stat().st_mtime_ns == before and not (tmp_path / "a.shards").exists()
+    content = bytearray(out.read_bytes())
+    content[len(content) // 2] ^= 1  # one pixel, in place
+    out.write_bytes(content)
+    with pytest.raises(UserError, match="other images than its record says"):
+        here(checkpoint, out)
 
 
 def test_an_npz_of_other_settings_is_never_overwritten(checkpoint, tmp_path):

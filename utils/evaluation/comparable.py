@@ -81,6 +81,11 @@ def _of_images(record: dict) -> Iterator[str]:
 def _of_samples(record: dict) -> Iterator[str]:
     samples, reference = record["samples"], record["reference"] or {}
     settings = sampling_settings(samples["record"])
+    if samples.get("copies", 0) is None:
+        yield ("whether some images are copies of others was not seen: of a folder it takes is, "
+               "precision or recall among --metrics")  # fmt: skip
+    if samples.get("kind") == "source":
+        yield "the samples were read as training data, which may crop and convert them"
     if samples.get("lossy"):
         yield "the samples are stored with loss (JPEG or WebP)"
     if isinstance(chosen := settings.get("classes"), list) and chosen:

@@ -131,10 +131,11 @@ def _markdown_line(cells) -> str:
 
 def evaluate_sets(
     sets: Sequence, reference, options: Options, *, ranks: Ranks,
-    progress: Callable | None = None,
+    keep: Callable[[Table], object], progress: Callable | None = None,
 ) -> Table:  # fmt: skip
     """Measure each of `sets` against `reference` (as for `evaluate`) with standard errors. Network
-    and reference are loaded once; all sets are checked before the first is measured."""
+    and reference are loaded once; all sets are checked before the first is measured. The main
+    process calls `keep` with the table so far after each set: what comes next may fail."""
     options = replace(options, uncertainty=True)
     images = [open_images(each) for each in sets]
     target = None if reference is None else OpenReference(reference, images[0].size[0])
@@ -144,10 +145,11 @@ def evaluate_sets(
     for each in images:
         check_network(net, each.size)
         check_possible(each, target, options.metrics, net)
-    records = []
+    records: list[dict] = []
     for each in sets:
         own = evaluate(each, target, options, net=net, ranks=ranks, progress=progress)
         records.append(own)
+        ranks.on_main(lambda: keep(make_table(records, net, reference)))
     return make_table(records, net, reference)
 
 

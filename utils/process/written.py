@@ -56,7 +56,8 @@ def _is_classifier(path: Path) -> bool:
 EVALUATION = records("a record of evaluate_fid.py", "metrics", "comparable_to_papers", "samples")
 TABLE_FORMAT = "repae-evaluation-table-1"
 TABLE = records("a table of evaluate_fid.py", format=TABLE_FORMAT)
-LATENT_STATS = records("a record of scripts/vae_stats.py", "vae_sha256", "mean", "std")
+# the meta.json of cached latents has all of these keys but the seed
+LATENT_STATS = records("a record of scripts/vae_stats.py", "vae_sha256", "mean", "std", "seed")
 SAMPLING = records("a record of sample_ddp.py", "settings", "settings_sha256")
 SUMMARY = records("a summary of the quickstart", "label_accuracy", "confusion_matrix")
 BENCHMARK = records("a result of scripts/benchmark.py", format="repae-benchmark-1")

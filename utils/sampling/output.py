@@ -81,7 +81,11 @@ class SampleFiles:
         if record is None and read_record(self.blocks.folder / PLAN) == self.blocks.plan:
             return False  # killed between the .npz and its record
         if record is not None and record.get(KEY) == hash_settings(self.settings):
-            return True
+            # records of earlier versions say nothing of the content
+            if record.get(CONTENT) in (None, open_array_file(self.out).fingerprint()):
+                return True
+            raise UserError(f"--out {self.out} holds other images than its record says: delete it "
+                            "to make them again, or choose another name")  # fmt: skip
         old, found = (record or {}).get("settings"), "which ones, no readable record says"
         if isinstance(old, dict):
             changes = plan_differences(_with_short_hash(old), _with_short_hash(self.settings))

@@ -70,6 +70,8 @@ NOT = {
     "49999 images, not 50000": (ALL, {"n": 49_999}),
     "is not a network of published": (ALL, {"features__published_weights": False}),
     "of clip features is published": (ALL, {"features__label": "clip"}),
+    "copies of others was not seen": (ALL, {"samples__copies": None}),
+    "read as training data": (ALL, {"samples__kind": "source"}),
     "stored with loss": (ALL, {"samples__lossy": True}),
     "49999 of the images are copies": (ALL, {"samples__copies": 49_999}),
     "samples and reference are the same": (ALL, {"reference__content_sha256": "a"}),

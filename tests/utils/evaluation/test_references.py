@@ -219,7 +219,7 @@ def test_pickles_of_anything_else_are_refused_and_not_executed(tmp_path):
         "calls 'posix.mkdir'": Bomb(mark),
         "calls 'posix.mkdir': expected": edm2(fid={"mu": Bomb(mark), "sigma": SIGMA}),
         "Python objects": edm2(fid={"mu": np.array([{}]), "sigma": SIGMA}),
-        "holds a dict of fid": {"fid": {"mu": MU}},
+        "holds a dict of fid, but no arrays mu and sigma": {"fid": {"mu": MU}},
         "holds a dict of raw_mean": {"raw_mean": MU},
         "holds no dict of statistics": [MU, SIGMA],
         "sigma holds complex": edm2(fid={"mu": MU, "sigma": SIGMA.astype("c16")}),

@@ -91,6 +91,7 @@ def test_sets_of_different_sizes_are_ranked_in_unbiased_metrics_alone(folder):
         (["a.npz", "--table", "mine"], "mine.png"),
         (["a.npz", "--table", "t", "--out", "o.json"], "--out does not go with --table"),
         (["--table", "t"], "give either --samples"),
+        (["./a.npz", "--samples", "a.npz", "--table", "t"], "a.npz is given twice"),
     ],
 )
 def test_a_table_is_refused_before_anything_is_read(folder, words, message):
@@ -105,3 +106,15 @@ def test_all_sets_are_checked_before_the_first_is_measured(folder):
     with pytest.raises(UserError, match="32x32 images"):
         evaluate_fid.main(["a.npz", "large.npz", *REFERENCE, "--table", "t"])
     assert not (folder / "t.json").exists()
+
+
+def test_what_has_been_measured_is_kept_when_a_later_set_fails(folder):
+    (folder / "pictures").mkdir()
+    with np.load("a.npz") as file:
+        for i, x in enumerate(file["arr_0"]):
+            Image.fromarray(x).save(folder / f"pictures/{i}.png")
+    (folder / "pictures/50.png").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"50\.png"):
+        evaluate_fid.main(["a.npz", "pictures", *REFERENCE, "--metrics", "fid", "--table", "t"])
+    rows = json.loads((folder / "t.json").read_text())["rows"]
+    assert [row["samples"] for row in rows] == ["a.npz"]

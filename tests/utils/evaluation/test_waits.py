@@ -60,6 +60,7 @@ def test_collecting_features(counter, groups):
     assert not waits(counter)
 
 
+@pytest.mark.slow
 def test_the_features_of_inception(counter):
     """Of its convolutions only the first one, behind the resize, is given another layout."""
     with torch.device("meta"):

@@ -5,6 +5,7 @@ python -m pytest tests/utils/process/test_written.py
 
 import io
 import json
+from dataclasses import fields
 from importlib import import_module
 
 import pytest
@@ -17,6 +18,7 @@ from torch.profiler import profile
 
 from models.errors import UserError
 from utils.benchmark.compare import FORMAT
+from utils.data.latents import CacheMeta
 from utils.pictures.grid import save_figure, save_picture
 from utils.process import written
 from utils.process.written import check_kind
@@ -96,14 +98,14 @@ def test_what_the_program_has_written_is_written_over(tmp_path):
     save_picture(tmp_path / "a.png", Image.new("RGB", (3000, 200)))
     save_figure(Figure(figsize=(1, 1)), tmp_path / "b.png", dpi=20)
     (tmp_path / "c.html").write_text(document("title", ""))
-    (tmp_path / "d.md").write_text(f"{written.MARKDOWN_MARK}\n| a |")
+    (tmp_path / "tables.md").write_text(f"{written.MARKDOWN_MARK}\n| a |")
     (tmp_path / "e.safetensors").write_bytes(save({"a": torch.zeros(2)}, {"classifier": "{}"}))
     (tmp_path / "f.json").write_text(json.dumps({"format": FORMAT, "mode": "training"}))
     with profile() as profiler:
         profiler.add_metadata("program", written.PROGRAM)
     profiler.export_chrome_trace(str(tmp_path / "g.json"))
     kinds = {"a.png": written.PICTURE, "b.png": written.PICTURE, "c.html": written.PAGE,
-             "d.md": written.MARKDOWN, "e.safetensors": written.CLASSIFIER,
+             "tables.md": written.MARKDOWN, "e.safetensors": written.CLASSIFIER,
              "f.json": written.BENCHMARK, "g.json": written.TRACE}  # fmt: skip
     for name, kind in kinds.items():
         check_kind("--out", tmp_path / name, kind)
@@ -115,7 +117,7 @@ def test_what_the_program_has_written_is_written_over(tmp_path):
 def test_a_record_of_another_kind_is_not_written_over(tmp_path):
     """Each script overwrites its own records alone, and none that is too large to be one."""
     kinds = (written.EVALUATION, written.LATENT_STATS, written.SAMPLING, written.SUMMARY)
-    keys = [("metrics", "comparable_to_papers", "samples"), ("vae_sha256", "mean", "std"),
+    keys = [("metrics", "comparable_to_papers", "samples"), ("vae_sha256", "mean", "std", "seed"),
             ("settings", "settings_sha256"), ("label_accuracy", "confusion_matrix")]  # fmt: skip
     path = tmp_path / "a.json"
     for kind, names in zip(kinds, keys):
@@ -124,6 +126,11 @@ def test_a_record_of_another_kind_is_not_written_over(tmp_path):
         for other in {*kinds} - {kind}:
             with pytest.raises(UserError, match="exists and is not"):
                 check_kind("--out", path, other)
+    # the meta.json of cached latents, without which they are lost
+    path.write_text(json.dumps(dict.fromkeys([field.name for field in fields(CacheMeta)], 1)))
+    for kind in kinds:
+        with pytest.raises(UserError, match="exists and is not"):
+            check_kind("--out", path, kind)
     with path.open("ab") as file:
         file.truncate(written.LONGEST_JSON + 1)
     with pytest.raises(UserError, match="exists and is not"):

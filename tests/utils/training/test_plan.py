@@ -137,17 +137,18 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_data_none_of_which_can_be_read_are_refused_at_the_start(kind, tmp_path):
-    (tmp_path / "a").mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(8):
-        UNREADABLE[kind](tmp_path / f"a/{i}.png")
-    (tmp_path / "a/0.png").unlink()
-    (tmp_path / "a/0.png").write_text("")  # a loop is no image file by its name
-    words = (f"data.path={tmp_path}", "data.source=folder", "run.batch_size=1")
+        UNREADABLE[kind](images / f"{i}.png")
+    (images / "0.png").unlink()
+    (images / "0.png").write_text("")  # a loop is no image file by its name
+    words = (f"data.path={images}", "data.source=folder", "run.batch_size=1")
     for assume in (False, True):
         with pytest.raises(UserError, match=r"\.png"):
             check(tmp_path, *words, assume_data=assume)
     pixels = np.zeros((16, 16, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a/00.png")  # the first one
+    Image.fromarray(pixels).save(images / "00.png")  # the first one
     assert check(tmp_path, *words)
 
 
@@ -169,7 +170,7 @@ def test_a_file_that_is_named_and_not_read_is_said(overrides, tmp_path):
 EVALUATIONS = {
     "eval.num=1": "at least 2",
     "eval.num=3 eval.metrics=[precision]": "at least 4",
-    "eval.metrics=[kid]": "kid",
+    "eval.metrics=[kids]": "kids",
     "eval.metrics=[sfid]": "sfid",
     "eval.features=pixl": "pixl",
     "eval.features=timm:test_resnet@/absent": "/absent",

@@ -10,7 +10,7 @@ turn, or sorted, are then split evenly, class by class, as they were drawn. A Fr
 partly a sum of squares of small deviations, of whose variance a jackknife sees twice as much: the
 standard error is right where the distance is much above its value for equal distributions, and up
 to sqrt(2) too large near that. In simulations (features in classes, D 32 to 96, N / D 1 to 250) it
-was 1.1 to 1.45 times the spread over 120 to 250 draws; three disjoint thirds gave 1.1 to 2.4 times.
+was 1.1 to 1.55 times the spread over 80 to 250 draws; three disjoint thirds gave 1.1 to 2.4 times.
 """
 
 from collections.abc import Sequence

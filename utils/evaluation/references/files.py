@@ -217,7 +217,8 @@ def _of_pickle(path: Path, content: object) -> ReferenceFile:
     wrong = not all(isinstance(each.get(name), np.ndarray)
                     for each in sets.values() for name in ("mu", "sigma"))  # fmt: skip
     if wrong or not sets:
-        what = f"a dict of {', '.join(map(str, held))[:200]}" if held else "no dict of statistics"
+        names = ", ".join(map(str, held))[:200]
+        what = f"a dict of {names}, but no arrays mu and sigma" if held else "no dict of statistics"
         raise UserError(f"{path} is a Python pickle and holds {what}: expected {EXPECTED}")
     networks = {}
     for family, each in sets.items():
