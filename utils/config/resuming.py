@@ -105,7 +105,10 @@ def _changed_content(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str
     """The first hash that differs, {} if none does of those that both know."""
     differing = (name for name in old if name in new and old[name] != new[name])
     first = next(differing, None)
-    return {CONTENT: (f"{first} {old[first][:8]}", new[first][:8])} if first else {}
+    if first is None:
+        return {}
+    what = first.removesuffix("_sha256")
+    return {CONTENT: (f"{first} {old[first][:8]}", f"{new[first][:8]}: other {what} than then")}
 
 
 def _listed(changed: dict[str, tuple[Any, Any]], names: Sequence[str]) -> str:

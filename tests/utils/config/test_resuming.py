@@ -76,7 +76,7 @@ def test_other_images_or_labels_are_refused_unless_allowed():
     allowed = load_config([], ["run.allow_change=[data.content]"])
     for name in old:
         new = old | {name: "56ef" * 16}
-        with pytest.raises(UserError, match=rf"data\.content={name} .* \(now 56ef56ef\)"):
+        with pytest.raises(UserError, match=rf"data\.content={name} .* \(now 56ef56ef: other "):
             require_resumable(Config(), Config(), old_content=old, new_content=new)
         found = require_resumable(Config(), allowed, old_content=old, new_content=new)
         assert "data.content" in found
