@@ -74,13 +74,14 @@ class VAE(nn.Module):
         return posterior, z, self.decode(z)
 
     def encode(self, x: Tensor) -> "DiagonalGaussianDistribution":
-        """(N, 3, H, W) in [-1, 1] => posterior with float32 mean, std (N, C, h, w), `kl()` (N,)."""
+        """(N, 3, H, W) in [-1, 1] => posterior with mean, std (N, C, h, w), `kl()` (N,): float32,
+        or float64 if x and the weights are."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         return DiagonalGaussianDistribution(at_least_float32(self._run_half(self.family.encode, x)))
 
     def decode(self, z: Tensor) -> Tensor:
-        """(N, C, h, w) => (N, 3, H, W) float32 around [-1, 1], never clamped."""
+        """(N, C, h, w) => (N, 3, H, W) float32 (or float64) around [-1, 1], never clamped."""
         return at_least_float32(self._run_half(self.family.decode, z))
 
     def _run_half(self, half: Callable, x: Tensor) -> Tensor:

@@ -128,7 +128,8 @@ def test_a_signal_leaves_workers_alone_until_the_run_has_saved(
 def test_a_signal_to_the_group_as_workers_start(tmp_path, number, method):
     """Whether or not there has been a step, the program ends as one line says."""
     run = Run(tmp_path, "data.workers=2", method=method)
-    run.wait_until(run.children)
+    # the imports of torch start a process, too
+    run.wait_until(lambda: "starting a new run" in run.log and run.children())
     run.send(number, "group")
     assert run.end() == 0, run.log
     assert "Traceback" not in run.log
