@@ -62,7 +62,6 @@ def main(argv=None) -> None:
     print(f"{args.out} written. Latent statistics: {origin}.")
     if args.push_to_hub:
         upload(args.out, args.push_to_hub)
-        print(f"uploaded to https://huggingface.co/{args.push_to_hub}")
 
 
 if __name__ == "__main__":

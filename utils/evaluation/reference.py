@@ -44,6 +44,7 @@ class Reference:
         self.images = None if only_statistics else open_images(spec, resolution)
         self.name = self.images.name if self.images else str(spec)
         self.facts: dict = {"name": self.name}
+        self._found: dict[tuple, dict[str, Statistics]] = {}
 
     def notes(self, family: str) -> list[str]:
         """What a reader of the numbers must know of the images, or of the file's statistics of a
@@ -77,7 +78,14 @@ class Reference:
         rows_of: Collection[str], progress: Progress | None = None,
     ) -> dict[str, Statistics]:  # fmt: skip
         """Statistics by feature, in the order of `features`, the same on every rank; from the file,
-        the cache or the images; with rows for `rows_of`. Complete on the main process alone."""
+        the cache or the images; with rows for `rows_of`. Complete on the main process alone. A
+        further call for the same ones, by the same network, gives them again."""
+        key = (net.label, tuple(features), frozenset(rows_of))
+        if key not in self._found:
+            self._found[key] = self._find(net, features, ranks, options, rows_of, progress)
+        return self._found[key]
+
+    def _find(self, net, features, ranks, options, rows_of, progress) -> dict[str, Statistics]:
         from_file = self._read_file(net, features)
         if from_file:
             ranks.on_main(lambda: self._describe_file(net.family, from_file))

@@ -23,22 +23,6 @@ from utils.process.written import MARKDOWN_MARK, TABLE_FORMAT
 SIGNIFICANT = 2.0
 
 
-class OpenReference(Reference):
-    """A reference whose statistics are read or computed once."""
-
-    def __init__(self, spec, resolution: int):
-        super().__init__(spec, resolution)
-        self._found: dict = {}
-
-    def statistics(self, net, features, ranks, options, *, rows_of, progress=None):
-        key = (tuple(features), frozenset(rows_of))
-        if key not in self._found:
-            self._found[key] = super().statistics(
-                net, features, ranks, options, rows_of=rows_of, progress=progress
-            )
-        return self._found[key]
-
-
 @dataclass
 class Cell:
     """A number of the table; `best`: whether it is better than all others beyond the noise."""
@@ -138,7 +122,7 @@ def evaluate_sets(
     process calls `keep` with the table so far after each set: what comes next may fail."""
     options = replace(options, uncertainty=True)
     images = [open_images(each) for each in sets]
-    target = None if reference is None else OpenReference(reference, images[0].size[0])
+    target = None if reference is None else Reference(reference, images[0].size[0])
     for each in sets:
         refuse_swapped(each, reference)
     net = load_network(options, ranks)

@@ -1,4 +1,5 @@
-"""A process among others: what ends it, and what it says then. Nothing here needs torch.
+"""A process among others: what ends it, what it says then, and which files are its own. Nothing
+here needs torch.
 
 ending.py        a user's mistake as one line with exit code 2; errors are said once by all ranks
 signals.py       SIGTERM, SIGINT, SIGUSR1, and the death of the launcher

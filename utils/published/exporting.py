@@ -117,7 +117,8 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def upload(folder: Path, repo: str) -> None:
-    """Upload a folder to a hub repository, created if need be; `UserError` if that fails."""
+    """Upload a folder to a hub repository, created if need be, and say where it is; `UserError` if
+    that fails."""
     try:
         api = HfApi()
         api.create_repo(repo, exist_ok=True)
@@ -127,3 +128,4 @@ def upload(folder: Path, repo: str) -> None:
             f"{folder} is written, but not uploaded to {repo} ({short(error, 160)}): once there "
             f"is a network and a login, run `hf upload {repo} {folder}`"
         ) from None
+    print(f"uploaded to https://huggingface.co/{repo}")
