@@ -19,7 +19,7 @@ def test_measured_on_a_split_uploaded_under_its_name(tmp_path, monkeypatch, caps
     run(folder, out, *words.split())
     printed = capsys.readouterr().out
     assert "on 32 images of digits (test split) at 16 px, seed 3" in printed
-    assert "https://huggingface.co/me/vae" in printed and uploads == [(out, "me/vae")]
+    assert uploads == [(out, "me/vae")]
     assert "# me/vae\n" in (out / "README.md").read_text()
 
 
