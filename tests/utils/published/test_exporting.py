@@ -203,13 +203,14 @@ def test_uploading_without_a_network_is_a_line_with_the_remedy(tmp_path, monkeyp
         upload(tmp_path, "me/vae")
 
 
-def test_uploading_sends_the_folder(tmp_path, monkeypatch):
+def test_uploading_sends_the_folder_and_says_where_it_is(tmp_path, monkeypatch, capsys):
     calls = []
     for name in ("create_repo", "upload_folder"):
         monkeypatch.setattr(
             exporting.HfApi, name, lambda *a, name=name, **k: calls.append((name, a[1:], k))
         )
     upload(tmp_path, "me/vae")
+    assert "https://huggingface.co/me/vae" in capsys.readouterr().out
     assert calls == [
         ("create_repo", ("me/vae",), {"exist_ok": True}),
         ("upload_folder", (), {"folder_path": tmp_path, "repo_id": "me/vae"}),
