@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import cli
 from utils.evaluation import options as asked
 from utils.evaluation.images.naming import IMAGES, is_source, path_of
@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache", type=cli.path, default=DEFAULTS.cache, help=cache_help)
 
     add = parser.add_argument_group("a VAE's reconstructions").add_argument
-    vae_help = "short name (models/vae_families.py), hub id, checkpoint, run, folder or .pt"
+    vae_help = "short name as in vae.name, hub id, checkpoint, run, folder or .pt"
     add("--vae", type=cli.path, help=vae_help)
     weights_help = "weights for a short name: hub, or a file or folder"
     add("--vae-weights", type=cli.path, default="hub", help=weights_help)

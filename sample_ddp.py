@@ -13,7 +13,7 @@ labels, and NAME.png with the first 64 images and the names of their classes.
 
 import argparse
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import cli
 from utils.process.written import SAMPLES
 from utils.sampling.settings import SamplingSettings, add_classes, check_classes

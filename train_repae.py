@@ -42,7 +42,8 @@ from utils import distributed
 from utils.checkpoint import Checkpoints, find_start
 from utils.compilation import begin_step
 from utils.config import Config, load_config
-from utils.config.schema import LossConfig, RegConfig, per_rank_batch
+from utils.config.losses import LossConfig, RegConfig
+from utils.config.schema import per_rank_batch
 from utils.data.base import Source
 from utils.data.latents import CachedSource
 from utils.data.training import open_loader

@@ -1,8 +1,9 @@
 """Networks: no loss, no noise, nothing that knows how they are trained.
 
+autoencoders/     what VAEs are called, made of, and stored as
+checks/           UserError: a mistake that the user can mend; kinds of files, values
 discriminator.py  PatchGAN, the discriminator of the VAE's reconstructions
 encoders.py       frozen vision encoders: their table, and how a file of theirs is loaded
-errors.py         UserError: a mistake that the user can mend
 layers/           norms and convolutions in the right number format under autocast
 latent_norm.py    the batch norm of latents, and batch norm over all ranks
 lpips.py          perceptual distances: LPIPS with VGG-16, the same with another network
@@ -10,9 +11,7 @@ projector.py      from SiT tokens to encoder features: MLP (REPA) or convolution
 sit.py            SiT, the velocity network; load_sit
 sizes.py          SIZES, the published sizes of SiT (imports nothing)
 vae.py            VAE, one class for all autoencoders; load_vae, build_vae
-vae_families.py   what a diffusers class of VAEs has of its own, and the table of published VAEs
-vae_keys.py       older key names of VAE files => those of diffusers
-weights.py        weight files: find, download, hash, read, load strictly
+weights/          weight files: find, download, hash, read, load strictly
 """
 
 import sys

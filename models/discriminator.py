@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.latent_norm import JointBatchNorm2d
 
 

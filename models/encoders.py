@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.errors import UserError, same_letters
+from models.checks.errors import UserError, same_letters, short
 from models.layers.autocast import at_least_float32
-from models.weights import FLOATS, WeightFile, is_plain, read_plain, require_finite, short
+from models.weights.loading import FLOATS, require_finite
+from models.weights.published import WeightFile
+from models.weights.reading import is_plain, read_plain
 
 # timm, which takes seconds to import, is imported in the functions that use it
 

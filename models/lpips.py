@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.checks.errors import UserError, short
 from models.encoders import Encoder, encoder_weight_file, largest_grid, load_encoder
-from models.errors import UserError
 from models.layers.autocast import at_least_float32
-from models.weights import WeightFile, read_state, require_finite, require_match, short
+from models.weights.loading import require_finite, require_match
+from models.weights.published import WeightFile
+from models.weights.reading import read_state
 
 if TYPE_CHECKING:  # takes seconds to import
     from lpips import LPIPS

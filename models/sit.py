@@ -19,19 +19,13 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
-from models.errors import UserError, shown
+from models.checks.errors import UserError, short, shown
 from models.latent_norm import LatentNorm
 from models.layers.autocast import LayerNorm, add_gated, at_least_float32, half_weights, modulate
 from models.projector import build_projector
-from models.weights import (
-    CONFIG,
-    WEIGHTS,
-    arguments_for,
-    load_strictly,
-    read_config,
-    read_state,
-    short,
-)
+from models.weights.configs import CONFIG, WEIGHTS, arguments_for, read_config
+from models.weights.loading import load_strictly
+from models.weights.reading import read_state
 
 
 class PatchEmbed(nn.Module):

@@ -1,7 +1,7 @@
 """Autoencoders: every VAE behind one small module, loaded from and saved as diffusers folders.
 
 The networks are diffusers' own. What differs between their classes, and the table of published
-VAEs, is in `models/vae_families.py`.
+VAEs, is in `models/autoencoders/families.py`.
 
 x image in [-1, 1], (N, 3, H, W). z latent, (N, C, h, w), never scaled or shifted: the latent norm
 normalises it.
@@ -18,21 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.errors import UserError, same_letters, shown, what_is
+from models.autoencoders.families import FAMILIES, VAES, config_of
+from models.autoencoders.layouts import infer_config, is_compvis, to_diffusers
+from models.checks.errors import UserError, same_letters, short, shown
+from models.checks.file_kinds import what_is
 from models.layers.autocast import at_least_float32
-from models.vae_families import FAMILIES, VAES, config_of
-from models.vae_keys import infer_config, is_compvis, to_diffusers
-from models.weights import (
-    CONFIG,
-    WEIGHTS,
-    WeightFile,
-    arguments_for,
-    load_strictly,
-    read_config,
-    read_state,
-    require_match,
-    short,
-)
+from models.weights.configs import CONFIG, WEIGHTS, arguments_for, read_config
+from models.weights.loading import load_strictly, require_match
+from models.weights.published import WeightFile
+from models.weights.reading import read_state
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution

@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from train_repae import train_step
 from utils import distributed
 from utils.benchmark import machine, report

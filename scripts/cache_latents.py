@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import cli
 from utils.data.registry import add_source_arguments, open_source_of
 

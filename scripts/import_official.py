@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import cli
 
 

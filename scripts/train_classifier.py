@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import cli
 from utils.data.registry import SOURCES, check_path_is_read
 from utils.process import written

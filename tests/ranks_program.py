@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import cli, distributed
 from utils.distributed import Ranks
 from utils.process.signals import Signals

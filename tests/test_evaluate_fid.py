@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 
 import evaluate_fid
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.vae import load_vae
 from tests.tiny import run_script
 from tests.utils.evaluation.toy_network import sampling_record

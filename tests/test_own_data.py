@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import sample_ddp
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sit import SiT
 from scripts import prepare_data, train_classifier
 from tests.test_readme import WALK, words

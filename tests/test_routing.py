@@ -8,7 +8,7 @@ import torch
 
 import train_repae
 from loss.gan import LeCam
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sit import SiT
 from tests.tiny import batch, grads, start, tiny_config
 from utils.training.trained_network import only_training

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.tiny import ROOT, train_here
 from utils.checkpoint import Checkpoints
 from utils.files import HashedFile

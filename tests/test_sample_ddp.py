@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample_ddp
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sit import SiT
 from models.vae import build_vae
 from utils import cli, precision

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_repae
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.tiny import ROOT, TINY, batch, run_here, tiny_config, train_here, wake
 from utils import distributed
 from utils.config.load import SETTINGS, load_config, read_saved_config

@@ -435,7 +435,7 @@ def test_pictures_of_other_formats_reach_no_decoder(tmp_path, capsys):
 
 
 def test_a_classifier_that_is_none(tmp_path):
-    from models.errors import UserError
+    from models.checks.errors import UserError
     from utils.paper import classifier
 
     mark = tmp_path / "executed"

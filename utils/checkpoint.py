@@ -27,8 +27,10 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 import yaml
 
-from models.errors import UserError
-from models.weights import WEIGHTS, load_strictly, read_state, short
+from models.checks.errors import UserError, short
+from models.weights.configs import WEIGHTS
+from models.weights.loading import load_strictly
+from models.weights.reading import read_state
 from utils.distributed import Ranks
 from utils.files import HashedFile, format_bytes, free_disk, reason, sweep_drafts
 from utils.process.ending import say

@@ -17,7 +17,8 @@ from tempfile import TemporaryFile
 from types import TracebackType
 from typing import NamedTuple, NoReturn
 
-from models.errors import UserError, what_is
+from models.checks.errors import UserError
+from models.checks.file_kinds import what_is
 from utils.files import expand_path
 from utils.process import heartbeat, installation
 from utils.process.ending import is_main, run_or_exit

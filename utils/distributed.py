@@ -34,7 +34,7 @@ from accelerate.utils import (
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.precision import allow_tf32
 from utils.process import heartbeat
 from utils.process.ending import is_main, say

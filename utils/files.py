@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from models.errors import UserError, read_json
+from models.checks.errors import UserError
+from models.checks.file_kinds import read_json
 
 TEXT = ("utf-8", "surrogateescape")  # file names may hold bytes that are no UTF-8
 DRAFT = ".tmp"  # end of the name of a file that is being written

@@ -9,7 +9,7 @@ For example:
 
     plan = load_record(folder / "plan.json", Plan, "make the folder again")
 
-Which types are known is said at `models.errors.convert`. The settings of a run
+Which types are known is said at `models.checks.values.convert`. The settings of a run
 (utils/config/schema.py) declare their ranges in the same way.
 """
 
@@ -17,7 +17,8 @@ from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from models.errors import Range, RecordError, UserError, convert
+from models.checks.errors import UserError
+from models.checks.values import Range, RecordError, convert
 from utils.files import read_json
 
 __all__ = ["Range", "RecordError", "load_record", "number", "parse_record"]

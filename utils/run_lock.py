@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from models.errors import RecordError, UserError
+from models.checks.errors import UserError
+from models.checks.values import RecordError
 from utils.files import reason
 from utils.process import heartbeat
 from utils.records import number, parse_record

@@ -33,7 +33,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from loss.interpolant import score_from_velocity
-from models.errors import UserError
+from models.checks.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loss.interpolant import PATHS
-from models.errors import RecordError, UserError, read_json, what_is
+from models.checks.errors import UserError
+from models.checks.file_kinds import read_json, what_is
+from models.checks.values import RecordError
 from utils.files import files_below, sha256_file, sync, sync_tree
 from utils.provenance import versions
 from utils.records import number, parse_record

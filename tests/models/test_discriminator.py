@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn as nn
 
+from models.checks.errors import UserError
 from models.discriminator import PatchGAN
-from models.errors import UserError
 
 
 @pytest.fixture(autouse=True)

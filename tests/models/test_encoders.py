@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
+from models.checks.errors import UserError
 from models.encoders import (
     ENCODERS,
     HALF,
@@ -25,7 +26,6 @@ from models.encoders import (
     encoder_weight_file,
     load_encoder,
 )
-from models.errors import UserError
 
 WIDTH = {  # of every row
     "dinov2-s": 384,

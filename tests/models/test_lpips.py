@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 
 from loss.reconstruction import perceptual_loss
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.lpips import build_lpips, halve, load_lpips, vgg_weight_file
 
 

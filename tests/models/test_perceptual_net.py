@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from loss.reconstruction import perceptual_loss
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.lpips import load_perceptual_net, perceptual_weight_file
 from tests.tiny import tiny_config, train_here
 from utils.doctor.weights import needed_files

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sit import SiT, load_sit, sincos_pos_embed
 from models.sizes import SIZES
 

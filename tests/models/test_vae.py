@@ -1,7 +1,7 @@
 """The VAEs: table, formats on disk, strictness, and what training needs of `forward`.
 
 The CompVis networks below are written from the published layout of that format (names and
-arithmetic), independently of `models/vae_keys.py`: they are what that mapping is checked against.
+arithmetic), independently of models/autoencoders/layouts.py: that mapping is checked against them.
 """
 
 import json
@@ -14,9 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.errors import UserError
-from models.vae import build_vae, load_vae, vae_weight_file
-from models.vae_families import (
+from models.autoencoders.families import (
     ARCHITECTURES,
     FAMILIES,
     VAES,
@@ -24,6 +22,8 @@ from models.vae_families import (
     QwenFamily,
     config_of,
 )
+from models.checks.errors import UserError
+from models.vae import build_vae, load_vae, vae_weight_file
 
 TINY = {  # name: parameters, latent of a 64 px image
     "tiny-f8d4": (67_231, (4, 8, 8)),

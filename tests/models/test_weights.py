@@ -10,8 +10,11 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 
-from models.errors import UserError
-from models.weights import WeightFile, load_strictly, read_config, read_state
+from models.checks.errors import UserError
+from models.weights.configs import read_config
+from models.weights.loading import load_strictly
+from models.weights.published import WeightFile
+from models.weights.reading import read_state
 
 CONTENT = b"so many weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train_repae
+from models.checks.errors import UserError
 from models.encoders import encoder_shape, load_encoder
-from models.errors import UserError
 from models.vae import build_vae, load_vae
 from scripts import cache_latents, prepare_data
 from tests.tiny import ROOT, draws_of, run_script, tiny_config, train_here

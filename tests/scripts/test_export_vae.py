@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from scripts import export_vae
 from tests.exported_vaes import checkpoint
 

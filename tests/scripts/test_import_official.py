@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sample_ddp
-from models.errors import UserError
+from models.checks.errors import UserError
 from scripts import import_official
 from tests.published_files import (
     CLASSES,

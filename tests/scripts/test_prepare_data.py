@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from scripts import prepare_data
 from utils import cli, files
 from utils.data.base import hash_images

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sample_ddp
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sit import SiT
 from models.vae import build_vae
 from scripts import visualize_latents

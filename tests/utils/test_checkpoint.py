@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import sealed
 from utils.checkpoint import Checkpoints, is_step, write_safetensors
 from utils.files import HashedFile, sha256_file

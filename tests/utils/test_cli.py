@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import cli
 from utils.process.ending import say
 from utils.process.heartbeat import NOTHING_TO_SAVE

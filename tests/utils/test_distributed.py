@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import distributed
 from utils.distributed import Ranks, default_device
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import files
 from utils.files import (
     DRAFT,

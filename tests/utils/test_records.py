@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 import pytest
 
-from models.errors import Range, RecordError, UserError, convert, shown, what_is
+from models.checks.errors import UserError, shown
+from models.checks.file_kinds import what_is
+from models.checks.values import Range, RecordError, convert
 from utils.records import load_record, number, parse_record
 
 

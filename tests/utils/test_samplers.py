@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sit import SiT
 from utils import samplers
 from utils.pictures.solvers import gaussian_error

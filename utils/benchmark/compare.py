@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from models.errors import UserError, read_json
+from models.checks.errors import UserError
+from models.checks.file_kinds import read_json
 from utils.records import Range, RecordError, number, parse_record
 
 FORMAT = "repae-benchmark-1"  # utils/process/written.py knows results by it

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import cli
 from utils.process import written
 from utils.sampling.settings import SamplingSettings, flag_of

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.benchmark import machine
 from utils.benchmark.clock import PhaseClock, phase_medians, spread
 from utils.config.schema import Config, per_rank_batch

@@ -1,6 +1,9 @@
 """The settings of a run.
 
-schema.py    every setting with its default, unit, range and meaning
+schema.py    every setting with its default, unit, range and meaning, but for those of
+losses.py    the loss, and of
+looking.py   the pictures and metrics of a run while it trains
+fields.py    kinds of settings: choices, paths
 reading.py   YAML files to nodes, in which every value is still a text
 values.py    texts to values of the types of their settings; paths are expanded
 load.py      YAML files, `base:` and `key=value` overrides are merged to a checked `Config`

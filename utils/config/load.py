@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.config.reading import as_mapping, parse_yaml, read_yaml, show, show_text
 from utils.config.resuming import FREE, is_in
 from utils.config.schema import Config, all_settings

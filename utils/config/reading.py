@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from models.errors import UserError
+from models.checks.errors import UserError
 
 LARGEST = 2**20  # bytes of a file; ours have 10 kB
 

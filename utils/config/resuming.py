@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.config.schema import Config, all_settings
 
 # What a change of a setting means, by names and patterns of names. A setting that none of the four

@@ -6,29 +6,17 @@ ranges, and which settings cannot be used together; utils/config/resuming.py say
 resumed run may change. Upper ends of ranges keep a slip of the finger from taking all memory.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from loss.interpolant import PATHS
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sizes import SIZES
+from utils.config.fields import MOST_STEPS, choice, path_or
+from utils.config.looking import EvalConfig, PreviewConfig
+from utils.config.losses import LossConfig
 from utils.records import Range, number
-from utils.samplers import SOLVERS
-
-MOST_STEPS = 10**9
-
-
-def choice(default: str, names: Iterable[str]) -> Any:
-    """A text that is one of `names`."""
-    return field(default=default, metadata={"choices": tuple(names)})
-
-
-def path_or(default: str | None, prefix: str = "") -> Any:
-    """A text that is a path, or may be one: `~` and `$VARIABLES` in it are expanded when it is
-    read. A path may stand behind what the regular expression `prefix` matches."""
-    return field(default=default, metadata={"path": prefix})
 
 
 @dataclass
@@ -145,7 +133,7 @@ class DataConfig:
 class VaeConfig:
     """The autoencoder."""
 
-    # Short name (models/vae_families.py), hub id, diffusers folder or CompVis .pt file.
+    # Short name (models/autoencoders/families.py), hub id, diffusers folder or CompVis .pt file.
     name: str = path_or("sdvae")
     # hub = the published weights; a folder or file; null = those of run.init_from, or random.
     weights: str | None = path_or("hub")
@@ -223,69 +211,6 @@ class EncoderConfig:
 
 
 @dataclass
-class DiffusionConfig:
-    """The diffusion loss L_DIFF. Its weight in the SiT phase is 1."""
-
-    # Interpolant between data and noise (loss/interpolant.py).
-    path: str = choice("linear", PATHS)
-    # Distribution of the time t.
-    time: Literal["uniform", "lognormal"] = "uniform"
-    # Weight of L_DIFF in the VAE's loss. 0 = the paper's stop-gradient; 1 = naive, which collapses.
-    vae: float = number(0.0, at_least=0, at_most=1e6)
-
-
-@dataclass
-class AlignConfig:
-    """The alignment loss L_REPA. If both weights are 0, no encoder is loaded."""
-
-    # Weight of L_REPA in the loss of the SiT.
-    sit: float = number(0.5, at_least=0, at_most=1e6)
-    # Weight of L_REPA in the loss of the VAE.
-    vae: float = number(1.5, at_least=0, at_most=1e6)
-    # Number of the SiT block (the first is 1) whose output is aligned.
-    depth: int = number(8, at_least=1, at_most=512)
-    # iREPA: 0.6 = share of the mean taken off features before division by their std. 0 = neither.
-    spatial_norm: float = number(0.0, at_least=0, at_most=1)
-
-
-@dataclass
-class RegConfig:
-    """The VAE's own loss L_REG. A term of weight 0 is not computed, nor anything loaded for it."""
-
-    # Weight of the pixel loss, averaged over pixels.
-    pixel: float = number(1.0, at_least=0, at_most=1e6)
-    # l1 = absolute error, as in the published runs; mse = squared error, as in the paper's text.
-    pixel_kind: Literal["l1", "mse"] = "l1"
-    # Weight of LPIPS (VGG-16).
-    lpips: float = number(1.0, at_least=0, at_most=1e6)
-    # torchvision's weight file of VGG-16. null = the one in the cache of torch.hub.
-    lpips_weights: str | None = path_or(None)
-    # true = VGG sees [-3, 1] instead of [-1, 1], as in the published runs.
-    lpips_double_scaling: bool = False
-    # Weight of the distance in the features of perceptual_net, beside LPIPS or in its place.
-    perceptual: float = number(0.0, at_least=0, at_most=1e6)
-    # NAME as in encoder.names, e.g. timm:resnet18 (published weights), or NAME@FILE.
-    perceptual_net: str | None = path_or(None, "[^@]*@")
-    # Weight of the KL divergence, summed over the latent and averaged over images.
-    kl: float = number(1e-6, at_least=0, at_most=1e6)
-    # Weight of the generator's GAN loss, fixed. 0 = no discriminator.
-    gan: float = number(0.1, at_least=0, at_most=1e6)
-    # First step, after disc.pretrain_steps, with a GAN term. The discriminator learns from step 0.
-    gan_start: int = number(0, at_least=0, at_most=MOST_STEPS)
-    # Weight of the LeCam regularisation in the discriminator's loss.
-    lecam: float = number(0.0, at_least=0, at_most=1e6)
-
-
-@dataclass
-class LossConfig:
-    """Weights and kinds of all loss terms."""
-
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    align: AlignConfig = field(default_factory=AlignConfig)
-    reg: RegConfig = field(default_factory=RegConfig)
-
-
-@dataclass
 class EmaConfig:
     """The moving average of the SiT's weights and latent-norm statistics: what is sampled."""
 
@@ -293,50 +218,6 @@ class EmaConfig:
     decay: float = number(0.9999, at_least=0, below=1)
     # true = decay of min(decay, (1 + step) / (10 + step)), for short runs.
     warmup: bool = False
-
-
-@dataclass
-class PreviewConfig:
-    """Pictures during training: samples of the EMA weights, otherwise at the defaults of
-    utils/sampling/settings.py, and reconstructions."""
-
-    # Number of steps between two previews. 0 = none.
-    every: int = number(10_000, at_least=0, at_most=MOST_STEPS)
-    # Number of images. Their noise and labels are the same in every preview.
-    num: int = number(64, at_least=1, at_most=10_000)
-    # Solver (utils/samplers.py).
-    solver: str = choice("ode-ab2", SOLVERS)
-    # Number of steps of the solver.
-    steps: int = number(50, at_least=1, at_most=10_000)
-    # Scale of classifier-free guidance. 1 = no guidance.
-    cfg_scale: float = number(2.0, at_least=0, at_most=1000)
-
-
-@dataclass
-class EvalConfig:
-    """Evaluations of the EMA weights during training, as by evaluate_fid.py, of samples otherwise
-    at the defaults of utils/sampling/settings.py."""
-
-    # Number of steps between two evaluations. 0 = none.
-    every: int = number(0, at_least=0, at_most=MOST_STEPS)
-    # Number of generated images. It is part of each metric's name: few images, larger distance.
-    num: int = number(1000, at_least=1, at_most=10**6)
-    # Reference images or statistics, as in evaluate_fid.py --reference. null = training images.
-    reference: str | None = path_or(None, r"\w+:")
-    # Network whose features are compared: inception, dinov2, timm:NAME[@FILE] or pixel.
-    features: str = path_or("inception", "[^@]*@")
-    # Weight file of inception or dinov2. null = the usual place.
-    weights: str | None = path_or(None)
-    # Names of metrics (utils/evaluation/metrics.py).
-    metrics: list[str] = field(default_factory=lambda: ["fid"])
-    # Images per rank and network call.
-    batch_size: int = number(50, at_least=1, at_most=10**5)
-    # Solver (utils/samplers.py).
-    solver: str = choice("ode-ab2", SOLVERS)
-    # Number of steps of the solver.
-    steps: int = number(50, at_least=1, at_most=10_000)
-    # Scale of classifier-free guidance. 1 = no guidance.
-    cfg_scale: float = number(1.0, at_least=0, at_most=1000)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from yaml.nodes import Node, ScalarNode, SequenceNode
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.config.reading import parse_yaml, show, show_text
 from utils.files import expand_path, is_one_line
 

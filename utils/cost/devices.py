@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from models.errors import UserError, shown
+from models.checks.errors import UserError, shown
 from utils.files import expand_path
 
 GIB = 2**30

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.torch_version import TorchVersion
 from torch.utils import _foreach_utils
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.cost.backward import Backward
 
 FLASH_WIDEST = 256  # largest head of the flash kernel; wider ones take the memory-efficient kernel

@@ -15,7 +15,7 @@ Previews and evaluations are not included.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from models.weights import count
+from models.weights.loading import count
 from utils.config.schema import Config
 from utils.cost.counter import Counted
 from utils.cost.fake_run import FakeRun, cached_rows

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from models.errors import UserError, read_json
+from models.checks.errors import UserError
+from models.checks.file_kinds import read_json
 from utils import cli
 from utils.data.content import file_sha256s
 from utils.data.images import CROP_VERSION, ImageFileError

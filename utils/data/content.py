@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.files import TEXT, format_bytes
 
 # path of a file, and a function to call with the number of bytes after each part that was read

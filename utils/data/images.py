@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from models.errors import UserError
+from models.checks.errors import UserError
 
 CROP_VERSION = "adm-center-crop-1"  # written into packed data; change it with `center_crop`
 # What is read, whatever a file's name ends in. Of Pillow's other formats, some start a program

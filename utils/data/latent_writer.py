@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from models.checks.errors import UserError
+from models.checks.values import RecordError
 from models.encoders import Encoder
-from models.errors import RecordError, UserError
 from models.vae import VAE
 from utils.data.base import Source, image_hashes, join_hashes
 from utils.data.images import CROP_VERSION, u8_to_pm1

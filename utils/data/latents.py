@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.checks.errors import UserError
+from models.checks.file_kinds import what_is
+from models.checks.values import RecordError
 from models.encoders import encoder_weight_file
-from models.errors import RecordError, UserError, what_is
 from models.vae import VAE
 from utils.data.base import Allocator, Source, printable
 from utils.data.content import THREADS

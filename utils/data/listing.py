@@ -16,7 +16,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from models.errors import UserError, what_is
+from models.checks.errors import UserError
+from models.checks.file_kinds import what_is
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # Pictures of these kinds are ignored, and their users told what to do.

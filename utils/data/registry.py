@@ -14,7 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.errors import UserError, shown, what_is
+from models.checks.errors import UserError, shown
+from models.checks.file_kinds import what_is
 from utils import cli
 from utils.cli import FLAGS, SETTINGS
 from utils.data.listing import holds_images

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.data.base import Allocator, BadImages, Source
 from utils.process.signals import SIGNALS
 

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, DTypeLike
 
-from models.errors import UserError, read_json, shown, what_is
+from models.checks.errors import UserError, shown
+from models.checks.file_kinds import read_json, what_is
 from utils.files import format_bytes, locked, read_lines, read_record, sync, write_json
 from utils.records import Record, load_record
 

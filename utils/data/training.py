@@ -4,7 +4,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.config.schema import Config
 from utils.data.base import BadImages, Source
 from utils.data.latents import CachedSource, LatentCache

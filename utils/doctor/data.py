@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.config.schema import Config
 from utils.data.base import Source, cautions, describe
 from utils.data.images import open_image

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
-from models.errors import UserError
+from models.checks.errors import UserError
 
 
 class Finding(NamedTuple):

@@ -10,7 +10,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from models.weights import count
+from models.weights.loading import count
 from utils.config.schema import Config
 from utils.cost.fake_run import cached_rows
 from utils.data.sampling import PREFETCH

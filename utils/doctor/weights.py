@@ -6,11 +6,11 @@ from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata
 
+from models.checks.errors import UserError, short
 from models.encoders import encoder_weight_file
-from models.errors import UserError
 from models.lpips import perceptual_weight_file, vgg_weight_file
 from models.vae import vae_weight_file
-from models.weights import WeightFile, short
+from models.weights.published import WeightFile
 from utils.checkpoint import DISCRIMINATOR
 from utils.config.schema import Config
 from utils.data.base import Source

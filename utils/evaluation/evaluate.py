@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from models.errors import UserError
-from models.weights import short
+from models.checks.errors import UserError, short
 from utils.distributed import Ranks
 from utils.evaluation.comparable import assess
 from utils.evaluation.formulas.frechet import Statistics

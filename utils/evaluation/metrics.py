@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.errors import UserError
+from models.checks.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

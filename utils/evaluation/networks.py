@@ -26,15 +26,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from models.errors import SAFETENSORS, UserError, what_is
-from models.weights import (
-    WeightFile,
-    load_strictly,
-    read_state,
-    require_finite,
-    require_match,
-    short,
-)
+from models.checks.errors import UserError, short
+from models.checks.file_kinds import SAFETENSORS, what_is
+from models.weights.loading import load_strictly, require_finite, require_match
+from models.weights.published import WeightFile
+from models.weights.reading import read_state
 from utils.distributed import Ranks
 from utils.evaluation.images.reader import Prepare, upload
 from utils.evaluation.options import PUBLISHED, Options, parse_features

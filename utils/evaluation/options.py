@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.cli import expand_path
 
 # how to name a feature network: `utils.evaluation.networks.load_features` reads these

@@ -9,7 +9,7 @@ from contextlib import closing
 
 import torch
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.vae import VAE
 from utils.data.images import pm1_to_u8, u8_to_pm1
 from utils.distributed import Ranks

@@ -9,7 +9,8 @@ import hashlib
 from collections.abc import Collection
 from pathlib import Path
 
-from models.errors import PICKLE, UserError, what_is
+from models.checks.errors import UserError
+from models.checks.file_kinds import PICKLE, what_is
 from utils.cli import expand_path
 from utils.data.content import file_sha256
 from utils.distributed import Ranks

@@ -8,7 +8,7 @@ import math
 import platform
 from importlib.metadata import version
 
-from models.vae_families import VAES
+from models.autoencoders.families import VAES
 from utils.evaluation.images.image_sets import ImageSet
 from utils.evaluation.metrics import PAPER_SIZE, Metric, Result
 from utils.evaluation.networks import FeatureNet

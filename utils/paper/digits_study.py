@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from models.errors import UserError, read_json
+from models.checks.errors import UserError
+from models.checks.file_kinds import read_json
 from models.sit import load_sit
 from models.vae import VAE, load_vae
 from utils.checkpoint import SIT_EMA, VAE_FOLDER, Checkpoints

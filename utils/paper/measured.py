@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.config.load import CONFIG_FILE, read_saved_config
 from utils.config.resuming import changed_settings, is_same_experiment
 from utils.config.schema import Config

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from models.errors import UserError
-from models.weights import short
+from models.checks.errors import UserError, short
 from utils.cli import check_output
 from utils.files import read_json, write_atomically, write_json
 from utils.paper import classifier

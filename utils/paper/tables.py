@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.config.load import load_config
 from utils.config.schema import Config
 from utils.evaluation.metrics import METRICS, PAPER_SIZE

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.vae import VAE, build_vae, load_vae
 from utils.data.base import Source
 from utils.data.images import pm1_to_u8, u8_to_pm1

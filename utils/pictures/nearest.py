@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.evaluation.images.npz_images import ImageSet
 from utils.evaluation.images.reader import read_ahead
 from utils.evaluation.options import Options

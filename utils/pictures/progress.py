@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sit import read_sit_config
 from utils.checkpoint import SIT_EMA, STATE, Checkpoints
 from utils.distributed import default_device

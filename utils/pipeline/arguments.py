@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any
 
-from models.errors import UserError, shown
+from models.checks.errors import UserError, shown
 from utils.samplers import SOLVERS, least_steps
 from utils.sampling.labels import label_among
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from models.errors import UserError, read_json
-from models.vae_families import FAMILIES
+from models.autoencoders.families import FAMILIES
+from models.checks.errors import UserError
+from models.checks.file_kinds import read_json
 from utils.evaluation.options import sampling_settings
 from utils.evaluation.report import fixed
 from utils.pipeline.pipeline import RepaePipeline

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.errors import UserError, shown
+from models.checks.errors import UserError, shown
 from models.sit import SiT, load_sit
 from models.vae import load_vae
 from utils.checkpoint import SIT_EMA, VAE_FOLDER

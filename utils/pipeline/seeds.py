@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.sampling.noise import ImageNoise
 
 

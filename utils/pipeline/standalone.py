@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from loss.interpolant import PATHS
-from models.errors import UserError, shown
+from models.checks.errors import UserError, shown
 from utils.data.images import pm1_to_u8
 from utils.pipeline.arguments import check_call, check_names, classes_of, one_of
 from utils.pipeline.seeds import noise_of, seeds_of

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.process import heartbeat, installation
 from utils.process.heartbeat import NOTHING_TO_SAVE, Stopped
 

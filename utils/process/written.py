@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from models.errors import UserError, read_json
+from models.checks.errors import UserError
+from models.checks.file_kinds import read_json
 
 PROGRAM = "REPA-E"  # in the metadata of what is written
 GENERATOR = f"{PROGRAM} scripts/report.py"  # of the HTML pages

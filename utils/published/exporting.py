@@ -9,9 +9,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from models.errors import UserError, what_is
+from models.checks.errors import UserError, short
+from models.checks.file_kinds import what_is
 from models.vae import load_vae
-from models.weights import short
 from utils.checkpoint import DISCRIMINATOR, VAE_FOLDER
 from utils.data.base import Source
 from utils.data.latent_stats import measure_latents

@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.errors import SAFETENSORS, Range, UserError, what_is
-from models.weights import is_plain
+from models.checks.errors import UserError
+from models.checks.file_kinds import SAFETENSORS, what_is
+from models.checks.values import Range
+from models.weights.reading import is_plain
 
 State = dict[str, Tensor]
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.checks.errors import UserError
 from models.discriminator import PatchGAN
-from models.errors import UserError
 from models.sit import SiT
 from models.vae import VAE, load_vae
 from utils.checkpoint import Contents, seal_checkpoint

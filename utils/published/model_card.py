@@ -8,9 +8,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from models.errors import UserError, read_json
+from models.autoencoders.families import VAES
+from models.checks.errors import UserError
+from models.checks.file_kinds import read_json
 from models.vae import VAE
-from models.vae_families import VAES
 from utils.config.load import CONFIG_FILE, read_saved_config
 from utils.evaluation.report import fixed, scalars
 from utils.provenance import versions

@@ -13,14 +13,14 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from models.autoencoders.families import VAES
+from models.autoencoders.layouts import infer_config, to_diffusers
+from models.checks.errors import UserError, short
 from models.discriminator import PatchGAN
-from models.errors import UserError
 from models.sit import SiT
 from models.sizes import SIZES
 from models.vae import VAE, build_vae, vae_from_config
-from models.vae_families import VAES
-from models.vae_keys import infer_config, to_diffusers
-from models.weights import load_strictly, require_match, short
+from models.weights.loading import load_strictly, require_match
 from utils.published.files import State
 
 NUM_HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}

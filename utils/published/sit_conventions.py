@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sit import SiT
 from utils.published.files import PublishedFile, State
 from utils.published.networks import tensor_shape

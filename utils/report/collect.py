@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.errors import UserError, what_is
+from models.checks.errors import UserError
+from models.checks.file_kinds import what_is
 from utils.config.load import CONFIG_FILE, read_saved_config
 from utils.config.schema import Config
 from utils.files import read_json_lines, read_record

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 
 from loss.interpolant import PATHS
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sit import SiT
 from models.vae import VAE
 from utils.data.images import pm1_to_u8

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import zip_longest
 from operator import index
 
-from models.errors import UserError
+from models.checks.errors import UserError
 
 WORDNET_ID = re.compile(r"n\d{8}", re.ASCII)
 NUMBER = re.compile(r"[+-]?\d{1,18}", re.ASCII)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from loss.interpolant import PATHS
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sit import SiT, load_sit, read_sit_config
 from models.vae import VAE, build_vae, load_vae
 from utils.checkpoint import SIT_EMA, VAE_FOLDER

@@ -10,9 +10,10 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from models.errors import UserError, what_is
-from models.vae_families import VAES
-from models.weights import CONFIG, WEIGHTS, short
+from models.autoencoders.families import VAES
+from models.checks.errors import UserError, short
+from models.checks.file_kinds import what_is
+from models.weights.configs import CONFIG, WEIGHTS
 from utils.checkpoint import DISCRIMINATOR, SIT_EMA, VAE_FOLDER, Checkpoints
 from utils.config.load import CONFIG_FILE
 from utils.files import expand_path, files_below, format_bytes

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.cli import check_output
 from utils.data.base import image_hashes, join_hashes
 from utils.data.sharded import PLAN, ShardedFolder, plan_differences

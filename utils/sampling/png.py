@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.cli import check_output_folder
 from utils.data.sharded import PLAN, ShardedFolder
 from utils.files import reason, write_atomically, write_json

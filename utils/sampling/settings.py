@@ -12,7 +12,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from loss.interpolant import PATHS
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import cli
 from utils.records import Range
 from utils.samplers import (

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from models.weights import WeightFile
+from models.weights.published import WeightFile
 from utils.config.schema import Config
 from utils.data.base import Source
 from utils.data.registry import source_class

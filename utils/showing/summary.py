@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from models.sit import SiT
-from models.weights import count
+from models.weights.loading import count
 from utils.config.schema import Config
 from utils.data.base import SHOWN_CLASSES, Source, printable
 from utils.distributed import default_device

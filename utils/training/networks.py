@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from loss.gan import LeCam
+from models.checks.errors import UserError
 from models.discriminator import PatchGAN
 from models.encoders import Encoder, load_encoder
-from models.errors import UserError
 from models.lpips import (
     PerceptualNet,
     halve,
@@ -23,7 +23,9 @@ from models.lpips import (
 )
 from models.sit import SiT
 from models.vae import VAE, build_vae, load_vae
-from models.weights import WeightFile, load_strictly, read_state
+from models.weights.loading import load_strictly
+from models.weights.published import WeightFile
+from models.weights.reading import read_state
 from utils import checkpoint as ckpt
 from utils.compilation import compile_network
 from utils.config.schema import Config

@@ -6,8 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from models.errors import UserError
-from models.weights import short
+from models.checks.errors import UserError, short
 from utils.config.schema import Config
 from utils.data.base import Source
 from utils.distributed import Ranks, default_device

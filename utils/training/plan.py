@@ -16,12 +16,14 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.autoencoders.layouts import to_diffusers
+from models.checks.errors import UserError, short
 from models.encoders import load_encoder
-from models.errors import UserError
 from models.lpips import load_lpips
 from models.vae import build_vae, load_vae, vae_from_config, vae_weight_file
-from models.vae_keys import to_diffusers
-from models.weights import CONFIG, WEIGHTS, read_config, read_state, require_match, short
+from models.weights.configs import CONFIG, WEIGHTS, read_config
+from models.weights.loading import require_match
+from models.weights.reading import read_state
 from utils.checkpoint import (
     DISCRIMINATOR,
     OPTIMIZERS,

@@ -20,7 +20,7 @@ import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.checkpoint import UNUSED_CONFIG, Checkpoints, read_averages
 from utils.config.load import CONFIG_FILE, to_yaml
 from utils.config.schema import Config

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.benchmark.compare import FORMAT, compare
 
 RESULT = {

@@ -5,7 +5,7 @@ python -m pytest tests/utils/benchmark/test_flags.py
 
 import pytest
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from scripts.benchmark import parse_args
 from utils.benchmark import flags
 

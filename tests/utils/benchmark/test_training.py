@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_repae
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.tiny import ROOT, tiny_config
 from utils import distributed
 from utils.benchmark import training as benchmark

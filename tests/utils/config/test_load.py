@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.config import Config, load_config, read_saved_config, to_yaml
 from utils.config.schema import all_settings
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.config.load import load_config, read_saved_config, to_yaml
 
 # texts that YAML 1.1 would read as something else, and others that need quotes

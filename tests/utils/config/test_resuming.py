@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.config import Config, load_config, to_yaml
 from utils.config.load import SETTINGS, recorded_config
 from utils.config.resuming import (

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from utils.config import schema
+import pytest
+
+from utils.config import looking, losses, schema
 from utils.config.schema import Config, DataConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -152,8 +154,9 @@ def f(config, args, net: Network):
     assert unread(SmallConfig, [source]) == lacking
 
 
-def test_a_comment_stands_above_every_setting_and_none_behind_one():
-    for before, line in pairwise(inspect.getsource(schema).splitlines()):
+@pytest.mark.parametrize("module", [schema, losses, looking])
+def test_a_comment_stands_above_every_setting_and_none_behind_one(module):
+    for before, line in pairwise(inspect.getsource(module).splitlines()):
         if re.match(r"    \w+: [^#]* = (?!field\(default_factory=\w+Config\))", line):
             assert before.startswith("    # "), line
         assert not re.search(r"\S  # ", line), line

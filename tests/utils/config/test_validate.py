@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.config import Config, load_config, per_rank_batch
 from utils.config.schema import OptimConfig, all_settings
 from utils.config.validate import config_errors

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.tiny import ROOT
 from utils.cost.devices import DEVICES, Hardware, find_device, hardware_of
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import train_repae
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.tiny import start, tiny_config
 from utils.checkpoint import contents_of
 from utils.cost import memory

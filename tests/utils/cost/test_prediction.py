@@ -9,7 +9,7 @@ import json
 import pytest
 
 import train_repae
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.tiny import ROOT, tiny_config
 from utils.config.load import load_config
 from utils.cost.devices import DEVICES, GIB

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.utils.data.pictures import fill, picture
 from tests.utils.data.test_sources import (
     H5_LABELS,

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.utils.data.pictures import fill
 from tests.utils.data.test_sources import H5_LABELS, H5_NAMES, official_h5, pack_by_hand
 from utils.data.base import BadImages, Source, collate

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.data import content
 from utils.data.content import STORE, digests, file_sha256, file_sha256s
 from utils.evaluation.images.image_sets import open_images

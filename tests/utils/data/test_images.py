@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.data.images import (
     UnreadableImageError,
     center_crop,

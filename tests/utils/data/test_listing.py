@@ -9,7 +9,7 @@ import socket
 import pytest
 from PIL import Image
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.data.listing import MOST_KINDS, holds_images, list_images
 from utils.data.registry import open_source
 from utils.evaluation.images.image_sets import open_images

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.utils.data.pictures import fill
 from utils.data.registry import open_source
 from utils.data.sampling import StepSampler, make_loader, step_indices

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import files
 from utils.data.sharded import ShardedFolder, ShardedRows
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.utils.data.pictures import fill, picture
 from utils.data import registry
 from utils.data.base import Names, Source, content_of, hash_images

@@ -3,7 +3,7 @@
 python -m pytest tests/utils/doctor
 """
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.cost.fake_cuda import too_old
 from utils.doctor.findings import check, fail, ok
 

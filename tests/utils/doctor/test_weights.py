@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from models.vae import build_vae
-from models.weights import WeightFile
+from models.weights.published import WeightFile
 from utils.doctor import weights
 from utils.doctor.weights import weight_file_status
 

@@ -9,7 +9,7 @@ import torch
 from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.random_inception import textures
 from tests.utils.evaluation.toy_network import sampling_record, toy_net
 from utils.distributed import Ranks

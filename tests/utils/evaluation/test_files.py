@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.utils.evaluation.toy_network import toy_net
 from utils.distributed import Ranks
 from utils.evaluation.evaluate import evaluate

@@ -14,7 +14,7 @@ from scipy.signal import convolve2d
 from skimage.metrics import structural_similarity
 from sklearn.datasets import load_digits, load_sample_images
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.evaluation.formulas.frechet import (
     Moments,
     centred_factor,

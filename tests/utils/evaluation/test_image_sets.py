@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.utils.evaluation.toy_network import sampling_record
 from utils.distributed import Ranks
 from utils.evaluation.evaluate import evaluate

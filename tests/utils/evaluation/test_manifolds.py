@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.evaluation.formulas import manifolds
 from utils.evaluation.formulas.manifolds import (
     block_distances,

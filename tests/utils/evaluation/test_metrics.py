@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import evaluate_fid
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.random_inception import textures
 from tests.utils.evaluation.toy_network import toy_net
 from utils.distributed import Ranks

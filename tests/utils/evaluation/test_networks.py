@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from models.errors import UserError
-from models.weights import WeightFile
+from models.checks.errors import UserError
+from models.weights.published import WeightFile
 from tests.random_inception import textures
 from utils.evaluation.networks import (
     ADMInception,

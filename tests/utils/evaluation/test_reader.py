@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from evaluate_fid import progress_bars
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.random_inception import textures
 from tests.utils.evaluation.toy_network import toy_net
 from utils.distributed import Ranks

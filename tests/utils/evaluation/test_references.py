@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.random_inception import textures
 from tests.utils.evaluation.test_files import ALONE, header
 from tests.utils.evaluation.toy_network import toy_net

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import evaluate_fid
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.table import Cell, best
 from utils.process.written import MARKDOWN, PICTURE, TABLE

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.paper import classifier
 
 

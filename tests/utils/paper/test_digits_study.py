@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.vae import build_vae
 from tests.tiny import ROOT, run_here
 from utils.config.load import flat, load_config, to_yaml

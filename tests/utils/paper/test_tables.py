@@ -12,7 +12,7 @@ import pytest
 import evaluate_fid
 import sample_ddp
 import train_repae
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.config.load import flat, load_config
 from utils.config.schema import Config
 from utils.paper import tables

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from scripts import nearest_images
 from tests.tiny import run_here
 from utils.evaluation.images.image_sets import open_images

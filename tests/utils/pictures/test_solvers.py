@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sit import SiT
 from models.vae import build_vae
 from scripts import plot_solvers

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sample_ddp
-from models.errors import UserError
+from models.checks.errors import UserError
 from scripts import export_pipeline
 from tests.test_sample_ddp import here, record_of
 from utils.pipeline.pipeline import RepaePipeline

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.test_sample_ddp import assert_same_to_rounding, here
 from utils.pipeline.pipeline import RepaePipeline
 from utils.sealed import read_model_index

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 from torch.profiler import profile
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.benchmark.compare import FORMAT
 from utils.data.latents import CacheMeta
 from utils.pictures.grid import save_figure, save_picture

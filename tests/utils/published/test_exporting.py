@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.checks.errors import UserError
 from models.discriminator import PatchGAN
-from models.errors import UserError
 from models.vae import load_vae
 from tests.exported_vaes import FAMILIES, awake, checkpoint, digits
 from tests.tiny import ROOT

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sit import load_sit
 from models.vae import load_vae
 from tests.published_files import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.exported_vaes import awake, checkpoint
 from utils.checkpoint import STATE
 from utils.published.model_card import make_card, read_evaluation, read_run_settings

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from models.checks.errors import UserError
 from models.discriminator import PatchGAN
-from models.errors import UserError
 from models.vae import build_vae
 from tests.published_files import (
     HEADS,

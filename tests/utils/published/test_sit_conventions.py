@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.published_files import (
     CLASSES,
     HEADS,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.config.load import load_config, to_yaml
 from utils.evaluation.references.known import KNOWN
 from utils.report import charts, gallery

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.sampling.background import MOST_PENDING, BackgroundWriter
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.sit import SiT
 from models.vae import build_vae
 from utils import compilation

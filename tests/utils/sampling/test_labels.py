@@ -5,7 +5,7 @@ python -m pytest tests/utils/sampling/test_labels.py
 
 import pytest
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.sampling.labels import label_of, labels_of, names_by_label, readable_names, short_name
 
 WORDNET = ["n01440764", "n02099601", "n02012849", "n03126707", "n02445715", "n99999999"]

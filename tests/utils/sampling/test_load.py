@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from tests.test_sample_ddp import CLASSES, make_checkpoint
 from tests.tiny import run_here
 from utils.checkpoint import Checkpoints

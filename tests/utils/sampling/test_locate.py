@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, errors
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.checkpoint import Checkpoints
 from utils.sampling import locate
 from utils.sampling.locate import (

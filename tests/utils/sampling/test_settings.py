@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils import cli, samplers
-from utils.config.schema import EvalConfig, PreviewConfig
+from utils.config.looking import EvalConfig, PreviewConfig
 from utils.sampling.settings import (
     ADDED,
     DEFAULT,

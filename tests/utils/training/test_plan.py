@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from models.vae import build_vae
 from tests.tiny import tiny_config, train_here
 from utils.config import load_config

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.cli import SourceWords
 from utils.data.base import Names, Source, number_classes, printable, read_labels
 from utils.data.images import read_image

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.errors import UserError, convert, read_json, what_is
+from models.checks.errors import UserError
+from models.checks.file_kinds import read_json, what_is
+from models.checks.values import convert
 from utils.data.base import Allocator, Names, Source, number_classes, printable, read_labels
 from utils.data.images import ImageFileError, UnreadableImageError, read_image
 from utils.data.listing import LABELS, is_image_name

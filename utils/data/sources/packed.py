@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.errors import RecordError, UserError
+from models.checks.errors import UserError
+from models.checks.values import RecordError
 from utils.data.base import (
     Allocator,
     Source,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.errors import UserError
+from models.checks.errors import UserError
 
 # rounding may put a Frechet distance this far below zero; further is a fault of the program
 NEGATIVE_FRECHET = -1e-3

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from models.errors import UserError
+from models.checks.errors import UserError
 
 # edge of ADM's blocks of distances: float16 or float32 is decided for each such block
 ADM_BLOCK = 10_000

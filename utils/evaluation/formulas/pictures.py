@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.errors import UserError
+from models.checks.errors import UserError
 
 # window of SSIM (Wang et al. 2004): side in pixels, standard deviation
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5

@@ -10,7 +10,8 @@ import json
 import os
 from pathlib import Path
 
-from models.errors import UserError, read_json
+from models.checks.errors import UserError
+from models.checks.file_kinds import read_json
 from utils.process.written import LONGEST_JSON, SAMPLING
 
 CONTENT = "content_sha256"  # of the images, as `ImageSet.fingerprint` hashes them

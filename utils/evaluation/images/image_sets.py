@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.errors import UserError, what_is
+from models.checks.errors import UserError
+from models.checks.file_kinds import what_is
 from utils.cli import SourceWords, expand_path
 from utils.data.base import Source, hash_lines
 from utils.data.content import file_sha256s

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models.errors import UserError, what_is
+from models.checks.errors import UserError
+from models.checks.file_kinds import what_is
 from utils.data.base import image_hashes, join_hashes
 from utils.data.content import digests
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from models.weights import short
+from models.checks.errors import short
 from utils.data.base import hash_lines
 from utils.evaluation.formulas.frechet import Statistics
 from utils.files import reason, write_atomically

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.errors import PICKLE, UserError, what_is
+from models.checks.errors import UserError
+from models.checks.file_kinds import PICKLE, what_is
 from utils.evaluation.formulas.frechet import Moments, Statistics
 from utils.evaluation.images.npz_images import npz_members, read_array, require_kind
 from utils.evaluation.references.known import TF1, UNKNOWN, named

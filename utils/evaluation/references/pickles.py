@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from models.errors import UserError
+from models.checks.errors import UserError
 from utils.evaluation.images.npz_images import readable
 
 # operations => the data that they push are their own argument, or these

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from models.errors import UserError
+from models.checks.errors import UserError
 
 # (pattern, replacement), applied in this order; `up` is separate because its levels count backwards
 COMPVIS = [
