@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache", type=cli.path, default=DEFAULTS.cache, help=cache_help)
 
     add = parser.add_argument_group("a VAE's reconstructions").add_argument
-    vae_help = "short name as in vae.name, hub id, checkpoint, run, folder or .pt"
+    vae_help = "as vae.name: short name, hub id, checkpoint, run, folder or weight file"
     add("--vae", type=cli.path, help=vae_help)
     weights_help = "weights for a short name: hub, or a file or folder"
     add("--vae-weights", type=cli.path, default="hub", help=weights_help)

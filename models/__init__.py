@@ -1,9 +1,10 @@
 """Networks: no loss, no noise, nothing that knows how they are trained.
 
 autoencoders/     what VAEs are called, made of, and stored as
+backbones/        what vision encoders are called, made of, and stored as
 checks/           UserError: a mistake that the user can mend; kinds of files, values
 discriminator.py  PatchGAN, the discriminator of the VAE's reconstructions
-encoders.py       frozen vision encoders: their table, and how a file of theirs is loaded
+encoders.py       frozen vision encoders: how one is loaded and what it gives
 layers/           norms and convolutions in the right number format under autocast
 latent_norm.py    the batch norm of latents, and batch norm over all ranks
 lpips.py          perceptual distances: LPIPS with VGG-16, the same with another network

@@ -42,10 +42,12 @@ def load_lpips(weights: str | None = None, download: bool = True) -> "LPIPS":
     if weights == "random":
         return build_lpips()
     path = vgg_weight_file(weights).fetch(download)
-    state = {k: v for k, v in read_state(path).items() if k.startswith("features.")}
+    what = "torchvision's VGG-16"
+    state = read_state(path, known=("features.0.weight",), what=what)
+    state = {name: value for name, value in state.items() if name.startswith("features.")}
     net = build_lpips()
     vgg = {f"features.{name.split('.', 1)[1]}": p.data for name, p in net.net.named_parameters()}
-    require_match(vgg, state, path, "torchvision's VGG-16")
+    require_match(vgg, state, path, what)
     require_finite(state, path)
     for name, value in vgg.items():
         value.copy_(state[name])

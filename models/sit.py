@@ -258,17 +258,23 @@ def load_sit(folder: Path) -> SiT:
     Each tensor is held in memory once. Raises `UserError` for a folder that is absent or damaged,
     and for missing, unexpected or misshapen tensors (`SiT.from_pretrained` would make them random).
     """
-    config = read_sit_config(folder)
-    try:
-        with torch.device("meta"):
-            sit = SiT(**config)
-    # sizes that do not go together, e.g. heads that do not divide the width
-    except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f"config of {folder} describes no SiT ({short(error)})") from None
+    sit = empty_sit(folder)
     load_strictly(sit, read_state(folder / WEIGHTS), folder, "its config.json")
     if (sit.bn.running_var < 0).any():
         raise UserError(f"weights of {folder}: a variance in bn.running_var is negative")
     return sit.eval()
+
+
+def empty_sit(folder: Path) -> SiT:
+    """The SiT that the config.json of a folder describes, on the meta device: shapes without
+    numbers. `UserError` as for `read_sit_config`."""
+    config = read_sit_config(folder)
+    try:
+        with torch.device("meta"):
+            return SiT(**config)
+    # sizes that do not go together, e.g. heads that do not divide the width
+    except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"config of {folder} describes no SiT ({short(error)})") from None
 
 
 def read_sit_config(folder: Path) -> dict[str, Any]:

@@ -8,9 +8,9 @@ normalises it.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.autoencoders.families import FAMILIES, VAES, config_of
-from models.autoencoders.layouts import infer_config, is_compvis, to_diffusers
-from models.checks.errors import UserError, same_letters, short, shown
-from models.checks.file_kinds import what_is
+from models.autoencoders.families import ARCHITECTURES, FAMILIES, VAES, config_of
+from models.autoencoders.layouts import infer_config
+from models.autoencoders.names import short_name
+from models.autoencoders.others import refuse_class
+from models.autoencoders.places import file_of, vae_weight_file
+from models.autoencoders.stored import read_vae, which_scaling
+from models.checks.errors import UserError, short
 from models.layers.autocast import at_least_float32
-from models.weights.configs import CONFIG, WEIGHTS, arguments_for, read_config
+from models.weights.configs import CONFIG, arguments_for, read_config
 from models.weights.loading import load_strictly, require_match
-from models.weights.published import WeightFile
-from models.weights.reading import read_state
+
+__all__ = ["VAE", "build_vae", "load_vae", "vae_from_config", "vae_from_state", "vae_weight_file"]
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-
-# what a VAE may be called => its short name: that name, and the name of its repository
-ALIASES = {row.repo.split("/")[-1]: name for name, row in VAES.items() if row.repo}
-ALIASES |= {name: name for name in VAES}
-QUOTE = "'"
-STATE_FILES = (".pt", ".ckpt", ".pth", ".safetensors")
 
 
 class VAE(nn.Module):
@@ -142,7 +139,7 @@ class VAE(nn.Module):
 def build_vae(spec: str) -> VAE:
     """Randomly initialised VAE of a short name, or of the config of whatever else `load_vae` takes;
     inside `torch.device("meta")` it needs no memory."""
-    vae = vae_from_config(_config(str(spec)), spec)
+    vae = vae_from_config(_config(short_name(str(spec))), spec)
     # the Qwen class's default statistics belong to its published weights, not to random ones
     vae.net.register_to_config(latents_mean=None, latents_std=None)
     return vae
@@ -151,14 +148,11 @@ def build_vae(spec: str) -> VAE:
 def vae_from_config(config: Mapping, origin) -> VAE:
     """Randomly initialised VAE of a diffusers config with `_class_name`; `origin` names the config
     in the `UserError` for a class that is no known VAE."""
-    name = config.get("_class_name")
-    if not isinstance(name, str) or name not in FAMILIES:
-        known = " or ".join(FAMILIES)
-        raise UserError(f"{origin} is a {shown(name).strip(QUOTE)}, not a VAE: expected {known}")
+    refuse_class(config, origin)
     with torch.device("cpu"):  # modules that torch 2.6 imports then compute with tensors
         import diffusers
 
-        network = getattr(diffusers, name)
+        network = getattr(diffusers, config["_class_name"])
     return VAE(network.from_config(arguments_for(network, config, origin)))
 
 
@@ -198,21 +192,26 @@ def checked_config(config: Mapping, origin) -> Mapping:
 def load_vae(spec: str, weights: str | Path | None = "hub") -> VAE:
     """Load a VAE in float32.
 
-    spec: a short name (key of `VAES`), hub id, diffusers folder (or one with `vae/` inside, such as
-    a checkpoint), or CompVis-style .pt / .ckpt file.
+    spec: what a published VAE is called (short name or repository), hub id, diffusers folder (or
+    one with `vae/` inside, such as a checkpoint), or a weight file with a VAE in it (`read_vae`).
     weights: "hub" = what `spec` stands for (random for tiny-*: none are published), None = random,
     or a diffusers folder or weight file to load in its place; that must have exactly the tensors of
     the architecture. Raises `UserError` for whatever cannot be found or does not fit.
     """
-    spec = str(spec)
+    spec = short_name(str(spec))
     file = vae_weight_file(spec, weights)
     if file is None:
         return build_vae(spec)
     path = file.fetch()
-    state = to_diffusers(read_state(path))
-    if not file.companions:  # a bare weight file: `spec` tells the architecture
+    state, scaling = read_vae(path)
+    if not file.companions:  # a weight file, alone
+        if weights == "hub":
+            if not scaling and (line := which_scaling(state, path)):
+                print(line)
+            return vae_from_state(state, path, scaling)
         vae = build_vae(spec)
         load_strictly(vae.net, state, path, spec)
+        vae.net.register_to_config(**scaling)
         return vae
     # not from_pretrained: it fills missing tensors with random numbers, and keeps half precision
     config = checked_config(read_config(path.with_name(CONFIG)), path.parent)
@@ -227,74 +226,43 @@ def load_vae(spec: str, weights: str | Path | None = "hub") -> VAE:
     return vae
 
 
-def vae_weight_file(spec: str, weights: str | Path | None = "hub") -> WeightFile | None:
-    """The file that `load_vae` will read, without reading it; None if the weights are random. For a
-    diffusers folder, `companions` holds the config.json that is read with it."""
-    spec = str(spec)
-    if weights is None or (weights == "hub" and spec in VAES and not VAES[spec].repo):
-        return None
-    if weights == "hub":
-        return _file_of(spec)
-    path = Path(weights)
-    if os.path.isdir(path):
-        return _file_in(path)
-    return WeightFile(f"weights of {spec}", path=path, setting="vae.weights={}")
+def vae_from_state(state: Mapping[str, Tensor], origin, scaling: Mapping | None = None) -> VAE:
+    """The VAE whose tensors, under diffusers' names, are these; `scaling` goes into its config.
+    `UserError`, naming `origin`, where they are no VAE."""
+    config = checked_config(_config_of_state(state, origin) | dict(scaling or {}), origin)
+    with torch.device("meta"):
+        vae = vae_from_config(config, origin)
+    require_match(vae.net.state_dict(), state, origin, "the VAE that its shapes describe")
+    load_strictly(vae.net.to_empty(device="cpu"), state, origin, "the VAE that its shapes describe")
+    return vae
 
 
-def _file_of(spec: str) -> WeightFile:
-    """The weights that `spec` itself names: in the hub, in a local folder, or a file."""
-    path = Path(spec)
-    if not spec.strip():  # as a path, this would be the current folder
-        raise UserError("the name of the VAE is empty: give a short name, file, folder or hub id")
-    if spec in VAES:
-        return _hub_file(VAES[spec].repo, VAES[spec].subfolder)
-    if os.path.isdir(path):
-        return _file_in(path)
-    if os.path.exists(path):
-        return WeightFile("a VAE's weights", path=path)
-    if spec.count("/") == 1 and path.suffix not in STATE_FILES and not spec.startswith((".", "/")):
-        return _hub_file(spec, "", "vae")
-    near = same_letters(spec, ALIASES)
-    hint = f"did you mean {ALIASES[near]}?" if near else f"the short names are {', '.join(VAES)}"
-    why = "" if what_is(path) == "absent" else f" (it is {what_is(path)})"
-    raise UserError(f"no VAE {spec}{why}: not a short name, file, folder or hub id; {hint}")
+def _config_of_state(state: Mapping[str, Tensor], origin) -> dict:
+    """diffusers config of the VAE with these tensors, without statistics of its latents."""
+    shapes = {name: value.shape for name, value in state.items()}
+    for name, config in ARCHITECTURES.items():
+        # of this class, shapes show too little
+        if config["_class_name"] != "AutoencoderKL" and _shapes(name) == shapes:
+            return config | {"latents_mean": None, "latents_std": None}
+    return infer_config(state, origin)
 
 
-def _hub_file(repo: str, *subfolders: str) -> WeightFile:
-    return WeightFile(
-        WEIGHTS, repo=repo, subfolders=subfolders, companions=(CONFIG,), setting="vae.weights={}"
-    )
-
-
-def _file_in(folder: Path) -> WeightFile:
-    """The weights of a diffusers folder, or of `vae/` in it."""
-    for place in (folder, folder / "vae"):
-        if os.path.isfile(place / CONFIG):
-            return WeightFile(
-                WEIGHTS,
-                path=place / WEIGHTS,
-                companions=(CONFIG,),
-                otherwise="save the VAE again with save_pretrained",
-            )
-    hint = "; of a run, name one of its checkpoints" if (folder / "checkpoints").is_dir() else ""
-    raise UserError(
-        f"{folder} is no diffusers VAE: no {CONFIG} in it, nor in {folder / 'vae'}{hint}"
-    )
+@cache
+def _shapes(architecture: str) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        net = vae_from_config(ARCHITECTURES[architecture], architecture).net
+    return {name: value.shape for name, value in net.state_dict().items()}
 
 
 def _config(spec: str) -> dict:
     """diffusers config, with `_class_name`, of anything that `load_vae` takes as `spec`."""
     if spec in VAES:
         return config_of(spec)
-    file = _file_of(spec)
+    file = file_of(spec)
     if file.companions:
         path = file.path.with_name(CONFIG) if file.path else None
         path = replace(file, name=CONFIG, companions=(), path=path).fetch()
         return dict(checked_config(read_config(path), path.parent))
-    state = read_state(file.fetch())
-    if not is_compvis(state):
-        raise UserError(
-            f"{file} has no CompVis key names, so its architecture is unknown: give a short name "
-            f"and vae.weights={file}, or a diffusers folder"
-        )
-    return dict(checked_config(infer_config(to_diffusers(state), file), file))
+    with torch.device("cpu"):  # where the network is to be on the meta device, the file is not
+        state, scaling = read_vae(file.fetch(), lambda line: None)
+    return dict(checked_config(_config_of_state(state, file) | scaling, file))

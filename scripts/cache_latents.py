@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from models.backbones.names import canonical
 from models.checks.errors import UserError
 from utils import cli
 from utils.data.registry import add_source_arguments, open_source_of
@@ -26,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--vae", type=cli.path, required=True, metavar="SPEC", help="as vae.name: short name, "
-        "hub id, folder, .pt")  # fmt: skip
+        "hub id, checkpoint, run, folder or weight file")  # fmt: skip
     add("--vae-weights", type=cli.path, default="hub", metavar="FILE", help="as vae.weights")
     add_source_arguments(parser)
     add("--out", type=cli.file_path, required=True, metavar="CACHE", help="folder to write")
@@ -47,6 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given = len(args.encoder_weights)
     if given not in (0, len(args.encoders)):
         raise UserError(f"--encoder-weights has {given} files for {len(args.encoders)} --encoders")
+    args.encoders = [canonical(name) for name in args.encoders]
     args.encoder_weights = args.encoder_weights or [None] * len(args.encoders)
     return args
 
@@ -65,6 +67,7 @@ from utils.data.sharded import ShardedFolder
 from utils.distributed import Ranks
 from utils.files import check_disk
 from utils.precision import allow_tf32, effective_precision, emulation_note
+from utils.sampling.locate import locate_vae_spec
 
 
 def main() -> None:
@@ -76,6 +79,7 @@ def main() -> None:
         args.precision = effective_precision(args.precision, ranks.device)
     inputs = [args.path, args.vae, args.vae_weights, *args.encoder_weights]
     cli.check_output_folder("--out", args.out, inputs)
+    args.vae = ranks.on_main(lambda: locate_vae_spec(args.vae))
     source = open_source_of(args)
     args.resolution = source.resolution  # that of packed data, if none was given
     folder = cache_folder(args, len(source))

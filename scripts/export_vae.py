@@ -1,4 +1,4 @@
-r"""Write the VAE of a checkpoint as a diffusers folder that needs nothing of this repository.
+r"""Write the VAE of a checkpoint, or one of somebody else, as a plain diffusers folder.
 
     python scripts/export_vae.py exps/NAME my-vae --data packed --path DIR \
         --evaluation vae.json
@@ -23,7 +23,7 @@ from utils.data.registry import add_source_arguments, open_source_of
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    what = "a checkpoint, a run (its newest whole one), a diffusers folder, or a hub id"
+    what = "a checkpoint, a run (its newest whole one), or whatever vae.name takes"
     cli.add_export_arguments(parser, what, "evaluate_fid.py --vae --out")
     add_source_arguments(parser, required=False)
     add = parser.add_argument

@@ -17,7 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.checks.errors import UserError
 from utils import cli
-from utils.data.registry import SOURCES, check_path_is_read
+from utils.data.registry import (
+    LABELS_HELP,
+    SOURCES,
+    add_conversion_arguments,
+    check_path_is_read,
+    labels_argument,
+)
 from utils.process import written
 
 OF_DIGITS = 16  # pixels of the digits, if nothing else is said
@@ -31,10 +37,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=side, default=64, help="input side in pixels")
     add("--data", choices=SOURCES, default="digits", help="kind of the images, as data.source")
     add("--path", type=cli.path, help="folder of the images, as data.path")
+    add("--labels", default="auto", type=labels_argument, metavar="WHERE", help=LABELS_HELP)
+    add_conversion_arguments(parser)
     pixels = f"pixels the images come at; default: that of packed data, {OF_DIGITS} of digits, "
     add("--resolution", type=side, help=f"{pixels}else --size")
-    add("--train-split", help="as data.split; default: train if the data have it, else all")
-    add("--test-split", help="the same; default: test if the data have it, else see --holdout")
+    add("--train-split", help="as data.split; default: train of the digits, else all")
+    add("--test-split", help="the same; default: test of the digits, else see --holdout")
     share = cli.number(float, above=0, below=1)
     add("--holdout", type=share, help="share of each class that is held out of training; default: "
         "0.2 for data without a test split")  # fmt: skip
@@ -57,7 +65,7 @@ if __name__ == "__main__":
     cli.answer_help(parse_args)  # before the imports below, which take seconds
 
 from utils.data.base import Source, cautions, describe
-from utils.data.registry import open_source, source_class
+from utils.data.registry import conversion_of, open_source, source_class
 from utils.paper import classifier
 from utils.paper.classifier import Split
 
@@ -84,7 +92,8 @@ def main() -> None:
 def open_splits(args: argparse.Namespace) -> tuple[Split, Split]:
     """The images to train on, and those that are held out."""
     check_path_is_read(args)
-    known = source_class(args.data, words=cli.FLAGS).splits
+    cls = source_class(args.data, words=cli.FLAGS)
+    known = () if cls.needs_path else cls.splits  # whether files have parts, their names say
     first = args.train_split or ("train" if "train" in known else "all")
     second = args.test_split or ("test" if "test" in known and not args.holdout else None)
     source = opened(args, first, "--train-split {}")
@@ -99,7 +108,9 @@ def opened(args: argparse.Namespace, split: str, flag: str) -> Source:
     resolution = args.resolution
     if resolution is None and args.data != "packed":
         resolution = OF_DIGITS if args.data == "digits" else args.size
-    return open_source(args.data, args.path, resolution, split, cli.FLAGS._replace(split=flag))
+    words = cli.FLAGS._replace(split=flag)
+    how = conversion_of(args)
+    return open_source(args.data, args.path, resolution, split, words, how, args.labels)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from utils.process import written
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("vae", type=cli.path, metavar="SPEC", help="short name, hub id, diffusers folder, "
-        "checkpoint, run, or .pt")  # fmt: skip
+    add("vae", type=cli.path, metavar="SPEC", help="as vae.name: short name, hub id, "
+        "checkpoint, run, folder or weight file")  # fmt: skip
     add("--vae-weights", type=cli.path, default="hub", metavar="FILE", help="as vae.weights")
     add_source_arguments(parser)
     add("--num", type=cli.positive, help="number of images to measure on; default: all")

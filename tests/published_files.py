@@ -61,6 +61,19 @@ def original_sit_state(seed: int, **kwargs) -> dict:
     return sit_state(seed, projectors=False, bn=False, **kwargs)
 
 
+def first_release(state: dict, aligned: int = 2) -> dict:
+    """The same as REPA first released it: the blocks behind the aligned one stand in
+    `decoder_blocks`, counted from 0."""
+
+    def rename(key: str) -> str:
+        parts = key.split(".")
+        if parts[0] != "blocks" or int(parts[1]) < aligned:
+            return key
+        return ".".join(["decoder_blocks", str(int(parts[1]) - aligned), *parts[2:]])
+
+    return {rename(key): value for key, value in state.items()}
+
+
 def compvis_vae(seed: int = 3) -> CompVisVAE:
     torch.manual_seed(seed)
     return CompVisVAE(**F8D4).eval()
@@ -136,7 +149,7 @@ def velocity(w: dict, x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tenso
             h.var(-1, keepdim=True, correction=0) + 1e-6
         ) ** 0.5
 
-    freqs = torch.tensor([10000 ** (-k / 128) for k in range(128)])
+    freqs = torch.tensor([10000 ** (-k / 128) for k in range(128)], dtype=x.dtype)
     emb = torch.cat([(t * freqs).cos(), (t * freqs).sin()])[None]
     c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", emb)))
     c = F.silu(c + w["y_embedder.embedding_table.weight"][y])

@@ -5,6 +5,7 @@ python -m pytest tests/test_own_data.py        (CPU)
 
 import json
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -259,6 +260,7 @@ LEVELS = {
     # folders with images => the folder that is given, and what is to be given instead
     ("train", "val"): (".", "--path {root}/train"),
     ("train/a", "train/b", "val/a"): (".", "--path {root}/train"),
+    ("train2017", "val2017"): (".", "--path {root}/train2017"),
     ("a", "b"): ("a", "give --path {root}"),
     ("images", "masks"): (".", "--path {root}/images"),
     ("set/pictures/a", "set/pictures/b"): (".", "--path {root}/set/pictures"),
@@ -286,8 +288,8 @@ def test_images_beside_their_labels(tmp_path):
 
 def test_pictures_of_other_kinds_are_to_be_converted(tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "1.tiff").write_bytes(b"")
-    remedy = "convert its 1 other pictures to PNG (first a/1.tiff)"
+    (tmp_path / "a" / "1.heic").write_bytes(b"")
+    remedy = "convert its 1 other pictures to PNG (first a/1.heic)"
     assert noted(tmp_path).endswith(f"also in subfolders; {remedy}")
     images(tmp_path / "b", 2)
     assert f"class folder {tmp_path}/a holds no images; {remedy}" in noted(tmp_path)
@@ -389,6 +391,16 @@ def test_a_classifier_of_packed_data_holds_out_a_part_of_each_class(two_classes,
     assert (train.indices, test.indices) == (again[0].indices, again[1].indices)
     assert sorted([*train.indices, *test.indices]) == list(range(12))
     assert np.bincount(test.labels()).tolist() == [1, 1] and train.source.resolution == 16
+
+
+def test_shards_without_parts_are_held_out_from(two_classes, tmp_path):
+    """The default was once a part called train, which such files do not have."""
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars/0.tar", "w") as file:
+        file.add(two_classes, "x")
+    given = ["--data", "tar", "--path", f"{tmp_path}/tars", "--out", f"{tmp_path}/a.safetensors"]
+    train, test = train_classifier.open_splits(train_classifier.parse_args(given))
+    assert len(train.indices) + len(test.indices) == len(train.source) == 12
 
 
 def test_what_cannot_be_classified_is_one_line(two_classes, tmp_path, capsys):

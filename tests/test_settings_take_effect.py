@@ -29,7 +29,7 @@ from utils.sampling.settings import SamplingSettings
 from utils.training import networks
 from utils.training.networks import build_networks
 from utils.training.online_evaluation import OnlineEvaluation
-from utils.training.plan import changes_since, check_networks, require_fit, starting_point
+from utils.training.plan import changes_since, check_networks, starting_point
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("native_halves")]
 # Everything takes part in a step of this run, so that every setting of it can be seen.
@@ -135,6 +135,10 @@ def preview_settings(c: Config) -> tuple[int, dict]:
     return sum(num for num, _ in told), told[0][1]
 
 
+def conversion_of_data(config):
+    return open_training_data(config).conversion
+
+
 # setting: (value, what it decides)
 SEEN = {
     "run.name": ("b", attrgetter("run_dir")),
@@ -142,6 +146,8 @@ SEEN = {
     "run.tf32": ("false", allowed_tf32),
     "run.rank_timeout": ("3", minutes_of_ranks),
     "data.split": ("train", lambda c: len(open_training_data(c))),
+    "data.exif": ("true", conversion_of_data),
+    "data.depth_range": ("[0,4095]", conversion_of_data),
     "sit.size": ("SiT-S/2", lambda c: replace(c, sit=replace(c.sit, patch_size=None)).sit_shape()),
     "preview.num": ("3", preview_settings),
     "preview.solver": ("sde", preview_settings),
@@ -169,6 +175,7 @@ ELSEWHERE = {
     "run.lpips_precision": "fp16",
     "run.resume": "never",
     "run.init_from": "/no/such/folder",
+    "run.init_new": "[classes]",
     "run.allow_change": "[run.seed]",
     "run.on_nonfinite": "skip",
     "run.max_nonfinite": "3",
@@ -181,6 +188,7 @@ ELSEWHERE = {
     "run.trackers": "[tensorboard]",
     "data.source": "synthetic",
     "data.path": "/no/such/folder",
+    "data.labels": "folder",
     "data.latents": "/no/such/folder",
     "data.max_bad_images": "3",
     "data.workers": "1",
@@ -339,7 +347,7 @@ def test_with_init_from_a_setting_changes_the_steps_or_is_refused(name, checkpoi
 
     def run() -> list[torch.Tensor]:
         c = tiny_config(*BASE, f"run.init_from={checkpoint}", f"{name}={IN_A_STEP[name]}")
-        require_fit(check_networks(c, open_training_data(c), None), checkpoint, resume=False)
+        check_networks(c, open_training_data(c), starting_point(c))
         return two_steps(c)
 
     assert differ_or_refused(plain_from, run)

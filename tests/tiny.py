@@ -87,7 +87,7 @@ def run_script(*command: str, ranks: int = 1, **kwargs) -> subprocess.CompletedP
     words = [sys.executable, *launcher(ranks), *map(str, command)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **kwargs
+        words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kwargs
     )
 
 

@@ -21,8 +21,10 @@ data/        data sources, cached latents, latent statistics, the loader
 sampling/    sampling settings, images of a checkpoint
 evaluation/  metrics of samples and of VAEs
 pictures/    grids and figures
+showing/     what a user sees of a run: the block at the start, the bar, trackers, the last commands
 training/    the networks of a run, its batches, logs, previews, evaluations and plan
 cost/        what a step costs, counted on tensors without content: memory, time
+benchmark/   what a step costs, measured
 doctor/      checks before a run
 paper/       the paper's tables and the study on digits
 published/   import of published weights, export of VAEs

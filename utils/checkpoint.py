@@ -17,7 +17,6 @@ with other names, files and links in `checkpoints/` are not ours: neither counte
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import yaml
 
 from models.checks.errors import UserError, short
 from models.weights.configs import WEIGHTS
+from models.weights.headers import write_safetensors
 from models.weights.loading import load_strictly
 from models.weights.reading import read_state
 from utils.distributed import Ranks
@@ -38,6 +38,7 @@ from utils.sealed import (
     STATE,
     UNFINISHED,
     ModelIndex,
+    advise_import,
     discard,
     find_fault,
     read_state_json,
@@ -56,8 +57,6 @@ DISCRIMINATOR, OPTIMIZERS = "discriminator.safetensors", "optim.pt"
 # begin of the names under which the configs of starts that left no checkpoint are kept
 UNUSED_CONFIG = "config.unused"
 AVERAGES = "averages"  # part of OPTIMIZERS: what the next log line is the mean of
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-          torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}  # fmt: skip
 
 # --------------------------------------------------------------------------------------
 # What a checkpoint holds.
@@ -95,7 +94,7 @@ class Contents:
             weights[DISCRIMINATOR] = self.disc
         for name, net in weights.items():
             with HashedFile(folder / name) as file:
-                write_safetensors(file, net.state_dict(), {"format": "pt"})
+                write_safetensors(file.write, net.state_dict(), {"format": "pt"})
             hashes[name] = file.sha256
         if self.optimizers is not None:
             with HashedFile(folder / OPTIMIZERS) as file:
@@ -119,29 +118,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, Mapping | list | tuple):
         for inner in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(inner)
-
-
-def write_safetensors(
-    file: HashedFile, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]
-) -> None:
-    """The bytes of safetensors' `save_file`, one tensor after the other: it can write neither into
-    an open file nor hash what it writes."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name in order:
-        tensor, start = tensors[name], end
-        end += tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]
-        }  # fmt: skip
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        tensor = tensors[name].detach().cpu().contiguous()
-        if tensor.numel():
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def load_sit_weights(sit: SiT, folder: Path, name: str) -> None:
@@ -290,7 +266,8 @@ class Checkpoints:
     def choose_start(
         self, resume: str, report: Callable[[str], None] = print, read_all: bool = True
     ) -> Path | None:
-        """The checkpoint that `run.resume` (auto, never, or a folder) means; None = a new run.
+        """The checkpoint that `run.resume` (auto, never, or a folder: `newest_of`) means; None = a
+        new run.
 
         A run that began with the folder `run.resume` goes on from its own newest one. Raises
         `UserError` where the run's own checkpoints contradict `run.resume`, or none is whole.
@@ -315,10 +292,9 @@ class Checkpoints:
             )
         if resume in ("auto", "never") or (newest and self._began_with(resume)):
             return newest
-        chosen = Path(resume)
+        chosen = newest_of(Path(resume), report, read_all)
         if fault := find_fault(chosen, read_all):
-            hint = "; name one of its checkpoints" if (chosen / "checkpoints").is_dir() else ""
-            raise UserError(f"run.resume={resume} is not a whole checkpoint: {fault}{hint}")
+            raise UserError(f"run.resume={resume} is not a whole checkpoint: {fault}")
         if newest and newest.resolve() != chosen.resolve():  # `auto` would continue from that one
             raise UserError(
                 f"{run} holds {newest.name} too: choose another run.name, or delete that"
@@ -360,6 +336,20 @@ class Checkpoints:
                 f"{self.folder} cannot be read ({error.strerror}): it must be the folder of the "
                 "run's checkpoints; move it away, or choose another run.name"
             ) from None
+
+
+def newest_of(given: Path, report: Callable[[str], None] = print, read_all: bool = True) -> Path:
+    """The newest whole checkpoint where `given` is a run's folder, or its checkpoints/; else
+    `given`. `report` and `read_all` as for `Checkpoints.latest`; `UserError` if none is whole."""
+    run = given.parent if given.name == "checkpoints" else given
+    if not (run / "checkpoints").is_dir():
+        return given
+    newest = Checkpoints(run).latest(report, read_all)
+    if newest is None:
+        if files := sorted((run / "checkpoints").glob("*.pt")):
+            raise UserError(f"{run} is a run of another implementation: {advise_import(files[-1])}")
+        raise UserError(f"{run} holds no whole checkpoint yet: wait for one, or name another run")
+    return newest
 
 
 def name_of_step(step: int) -> str:

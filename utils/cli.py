@@ -245,12 +245,13 @@ class SourceWords(NamedTuple):
     path: str
     resolution: str
     split: str
+    labels: str = "what scripts/prepare_data.py --labels {} packs"
 
 
 SETTINGS = SourceWords(
-    "data.source={}", "data.path={}", "data.resolution={}", "data.split={}"
+    "data.source={}", "data.path={}", "data.resolution={}", "data.split={}", "data.labels={}"
 )  # of train_repae.py
-FLAGS = SourceWords("--data {}", "--path {}", "--resolution {}", "--split {}")
+FLAGS = SourceWords("--data {}", "--path {}", "--resolution {}", "--split {}", "--labels {}")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

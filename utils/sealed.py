@@ -4,6 +4,7 @@ It is a folder of diffusers, too: model_index.json names its components and what
 needs to know beside them.
 
 state.json is written last. It names the step and the sha256 of every file, and holds its own hash.
+Where a user names something else than such a folder, `name_instead` says what to do.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import Any
 
 from loss.interpolant import PATHS
 from models.checks.errors import UserError
-from models.checks.file_kinds import read_json, what_is
+from models.checks.file_kinds import WEIGHT_FILES, read_json, what_is
 from models.checks.values import RecordError
+from models.weights.configs import CONFIG, read_config
 from utils.files import files_below, sha256_file, sync, sync_tree
 from utils.provenance import versions
 from utils.records import number, parse_record
@@ -32,6 +34,7 @@ STATE = "state.json"
 FORMAT = 2  # of state.json; 1 had no hash of itself
 UNFINISHED = (".tmp-", ".trash-")
 MODEL_INDEX = "model_index.json"
+EXAMPLE = "a run, or a checkpoint of one like exps/NAME/checkpoints/0400000"
 
 
 def seal_checkpoint(
@@ -218,3 +221,39 @@ def find_fault(folder: Path, read_all: bool = True) -> str | None:
     if read_all:
         _found_whole[folder] = signature
     return None
+
+
+# --------------------------------------------------------------------------------------
+# What else a user may have named.
+
+
+def advise_import(file: Path) -> str:
+    """What to do with a published file that is named where a checkpoint folder is needed."""
+    return f"run scripts/import_official.py {file} OUT_DIR, and name OUT_DIR"
+
+
+def name_instead(given: Path, part: str) -> str:
+    """What to do where `given` is no checkpoint folder, as it has no `part`/: the end of a message,
+    in words."""
+    around = (folder for folder in given.parents[:2] if (folder / part / CONFIG).is_file())
+    if found := next(around, None):
+        return f"name the checkpoint around it, {found}"
+    generators = (given / "transformer", given / "unet")  # of a pipeline of diffusers
+    if what_is(given) in WEIGHT_FILES or any(map(_has_weights, generators)):
+        return advise_import(given)
+    if any(_is_vae(folder) for folder in (given, given / "vae")):
+        return f"it is a VAE alone; name {EXAMPLE}"
+    return advise_import(given) if _has_weights(given) else f"name {EXAMPLE}"
+
+
+def _is_vae(folder: Path) -> bool:
+    """Whether a folder of diffusers holds an autoencoder, by its config."""
+    try:
+        return str(read_config(folder / CONFIG).get("_class_name")).startswith("Autoencoder")
+    except UserError:
+        return False
+
+
+def _has_weights(folder: Path) -> bool:
+    endings = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+    return any(file.suffix in endings for file in folder.glob("*.*"))

@@ -182,12 +182,14 @@ class PublishedVAE:
 
 
 SD = {"scaling_factor": 0.18215, "shift_factor": None}
+SDXL = {"scaling_factor": 0.13025, "shift_factor": None}
 FLUX = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 SD35 = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
 
 VAES = {
     "sdvae": PublishedVAE("f8d4", "stabilityai/sd-vae-ft-mse", scalars=SD),
     "sdvae-ema": PublishedVAE("f8d4", "stabilityai/sd-vae-ft-ema", scalars=SD),
+    "sdxl": PublishedVAE("f8d4", "stabilityai/sdxl-vae", scalars=SDXL),
     "invae": PublishedVAE("f16d32", "REPA-E/invae"),
     "vavae": PublishedVAE("f16d32", "REPA-E/vavae-hf"),
     "flux": PublishedVAE("f8d16", "black-forest-labs/FLUX.1-dev", "vae", FLUX),

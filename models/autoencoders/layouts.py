@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from models.autoencoders.families import ARCHITECTURES
 from models.checks.errors import UserError
 
 # (pattern, replacement), applied in this order; `up` is separate because its levels count backwards
@@ -38,21 +39,17 @@ OLD_DIFFUSERS = [
     (r"(attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
 ]
 
+PUBLISHED_GROUPS = 32  # norm groups of every published file whose names are read here
+
 # CompVis attention is made of 1x1 convolutions, diffusers' of linear layers with the same numbers
 ATTENTION_MATRIX = re.compile(r"attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
 
 
-def is_compvis(state: Mapping[str, Tensor]) -> bool:
-    return any(key.startswith(("encoder.down.", "decoder.up.")) for key in state)
-
-
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Any dialect => today's diffusers keys (those are left alone). Keys it does not know pass
-    through, so that a strict load reports them; `loss.*` of a CompVis file (the discriminator and
-    LPIPS, stored beside the autoencoder) is dropped."""
-    if not is_compvis(state):
+    through, so that a strict load reports them."""
+    if not any(key.startswith(("encoder.down.", "decoder.up.")) for key in state):
         return {_rename(key, OLD_DIFFUSERS): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not key.startswith("loss.")}
     levels = max(
         _count(state, r"encoder\.down\.(\d{1,3})\."), _count(state, r"decoder\.up\.(\d{1,3})\.")
     )
@@ -73,43 +70,59 @@ def _rename(key: str, rules: list[tuple[str, str]]) -> str:
 
 
 def infer_config(state: Mapping[str, Tensor], origin) -> dict:
-    """Config of the AutoencoderKL that holds these diffusers-named weights.
+    """Config of the AutoencoderKL that holds these diffusers-named weights, without the scaling of
+    its latents, which shows in no shape.
 
-    Everything but the number of norm groups shows in the shapes; that is 32 in every published
-    file. Raises `UserError` where `origin` is not such an autoencoder.
+    Raises `UserError` where `origin` is not such an autoencoder.
     """
 
     def size(key: str, axis: int) -> int:
         if key not in state:
             raise UserError(
-                f"{origin} is no CompVis autoencoder: it has no {key} (a diffusers name); give a "
+                f"{origin} is no AutoencoderKL: it has no {key} (a diffusers name); give a "
                 f"diffusers folder, or a short name with vae.weights={origin}"
             )
         if axis >= state[key].ndim:
             raise UserError(f"{origin}: {key} has the shape {tuple(state[key].shape)} of no VAE")
         return state[key].shape[axis]
 
+    def attends(part: str) -> list[bool]:  # level by level; MAR's encoder does, its decoder not
+        key = f"{part}.{{}}.attentions.0.to_q.weight"
+        return [key.format(i) in state for i in range(levels)]
+
     levels = _count(state, r"encoder\.down_blocks\.(\d{1,3})\.")
-    attn = [f"encoder.down_blocks.{i}.attentions.0.to_q.weight" in state for i in range(levels)]
     conv = "encoder.down_blocks.{}.resnets.0.conv2.weight"
-    channels = [size(conv.format(i), 0) for i in range(max(levels, 1))]
-    latent_channels = size("decoder.conv_in.weight", 1)
-    # such a file carries no scaling factor: that of Stable Diffusion for its geometry, else none
-    scaling_factor = 0.18215 if (levels, latent_channels) == (4, 4) else 1.0
-    return {
+    down, up = attends("encoder.down_blocks"), attends("decoder.up_blocks")
+    config = {
         "_class_name": "AutoencoderKL",
-        "block_out_channels": channels,
-        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attn],
-        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in attn[::-1]],
+        "block_out_channels": tuple(size(conv.format(i), 0) for i in range(max(levels, 1))),
+        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in down],
+        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in up],
         "layers_per_block": _count(state, r"encoder\.down_blocks\.0\.resnets\.(\d{1,3})\."),
-        "latent_channels": latent_channels,
+        "latent_channels": size("decoder.conv_in.weight", 1),
         "use_quant_conv": "quant_conv.weight" in state,
         "use_post_quant_conv": "post_quant_conv.weight" in state,
         "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in state,
-        "norm_num_groups": 32,
         "sample_size": 256,
-        "scaling_factor": scaling_factor,
+        "scaling_factor": None,
+        "shift_factor": None,
     }
+    return config | {"norm_num_groups": _norm_groups(config, origin)}
+
+
+def _norm_groups(config: Mapping, origin) -> int:
+    """Number of norm groups in an AutoencoderKL of this config: no shape shows it. It is that of
+    the table for an architecture of the table, else as in every published file."""
+    for known in ARCHITECTURES.values():
+        if all(config.get(k) == v for k, v in known.items() if k != "norm_num_groups"):
+            return known["norm_num_groups"]
+    channels = config["block_out_channels"]
+    if odd := [c for c in channels if c % PUBLISHED_GROUPS]:
+        raise UserError(
+            f"{origin}: {PUBLISHED_GROUPS} norm groups, as in every published file, do not divide "
+            f"{odd[0]} channels: give a diffusers folder, whose config names the number of groups"
+        )
+    return PUBLISHED_GROUPS
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

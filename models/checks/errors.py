@@ -10,8 +10,18 @@ class UserError(ValueError):
     """A wrong value, file or combination that the user can correct.
 
     The message is one line: the value, what was expected, and the remedy. Scripts print it
-    without a traceback and exit with code 2 (see `utils.cli.run`).
+    without a traceback and exit with code 2 (see `utils.cli.run`). It may quote what a file of
+    somebody holds: see `printable`.
     """
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(" ".join(map(str.strip, str(message).splitlines()))))
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for line breaks, commands to a terminal and whatever else is no
+    character to be seen."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def same_letters(word: str, known: Iterable[str]) -> str | None:

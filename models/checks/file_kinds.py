@@ -13,7 +13,9 @@ SAFETENSORS, PYTORCH, OLD_PYTORCH = (
     "a safetensors file", "a PyTorch file", "a PyTorch file of the format before 1.6"
 )  # fmt: skip
 PICKLE = "a Python pickle"
+INDEX = "an index of weights in several files"
 PICKLES = (PYTORCH, OLD_PYTORCH, PICKLE)
+WEIGHT_FILES = (SAFETENSORS, INDEX, *PICKLES)
 # a path of these is not a regular file, and is never opened
 PLACES = {
     stat.S_IFDIR: "a folder",
@@ -30,6 +32,15 @@ BEGINNINGS = {
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
     b"GIF8": "a GIF image",
+    b"II*\0": "a TIFF image",
+    b"MM\0*": "a TIFF image",
+    b"II+\0": "a TIFF image",
+    b"MM\0+": "a TIFF image",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000 image",
+    b"\xff\x4f\xff\x51": "a JPEG 2000 image",
+    b"\0\0\0\x0cJXL ": "a JPEG XL image",
+    b"\xff\x0a": "a JPEG XL image",
+    b"8BPS": "a Photoshop image",
     b"RIFF": "a WebP image or a RIFF file",
     b"%!PS": "a PostScript file",
     b"\xc5\xd0\xd3\xc6": "a PostScript file",
@@ -42,10 +53,27 @@ BEGINNINGS = {
     b"Rar!": "a rar archive",
     b"\x7fELF": "a program",
     b"version https://git-lfs": "a pointer of Git LFS (run `git lfs pull`)",
+    b"GGUF": "a GGUF file",
+    b"PAR1": "a parquet file",
+    b"ARROW1": "an Arrow file",
     **{bytes([0x80, protocol]): PICKLE for protocol in range(2, 6)},
 }
+# a file in the folder of a checkpoint that many ranks have written => what it is, and what to do
+SHARDED = {
+    ".metadata": "a checkpoint of torch.distributed in parts: make one file of it with `python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE`",
+    "zero_to_fp32.py": "a checkpoint of DeepSpeed in parts: make one file of it with its own "
+    "zero_to_fp32.py",
+}
+# the brand of an ISO media file => what it is
+BRANDS = {b"avif": "an AVIF image", b"avis": "an AVIF image"}
+BRANDS |= dict.fromkeys((b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1"), "a HEIC image")
 # what the first KiB of a zip archive names => what it is
-ZIPPED = {b"data.pkl": PYTORCH, b".npy": "a NumPy archive (.npz)"}
+ZIPPED = {
+    b"data.pkl": PYTORCH,
+    b".npy": "a NumPy archive (.npz)",
+    b"model.weights.h5": "a Keras file",
+}
 
 
 def what_is(path: str | os.PathLike) -> str:
@@ -59,15 +87,22 @@ def what_is(path: str | os.PathLike) -> str:
         if kind != stat.S_IFREG:
             return PLACES.get(kind, "something that is no file")
         with open(path, "rb") as file:
-            return _what_begins_with(file.read(1024))
+            return what_begins_with(file.read(1024))
     except (FileNotFoundError, NotADirectoryError):
         return "a link to nothing" if os.path.islink(path) else "absent"
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         return f"unreadable ({getattr(error, 'strerror', None) or error})"
 
 
-def _what_begins_with(head: bytes) -> str:
-    """What a file is whose first KiB is `head`."""
+def advice_on_shards(folder: str | os.PathLike) -> str:
+    """What the folder of a training checkpoint in parts is, and how to make one file of it, as
+    words that follow "it is"; "" for any other folder."""
+    found = (what for name, what in SHARDED.items() if os.path.isfile(os.path.join(folder, name)))
+    return next(found, "")
+
+
+def what_begins_with(head: bytes) -> str:
+    """What a file is whose first KiB is `head`, in the words of `what_is`."""
     if not head:
         return "an empty file"
     if head.startswith(b"PK"):
@@ -77,19 +112,34 @@ def _what_begins_with(head: bytes) -> str:
         return SAFETENSORS
     if head[257:262] == b"ustar":
         return "a tar archive"
+    if head[4:8] == b"ftyp":
+        return BRANDS.get(head[8:12], "a video or another ISO media file")
     found = next((words for mark, words in BEGINNINGS.items() if head.startswith(mark)), None)
-    return found or _kind_of_text(head)
+    return found or _kind_of_text(head) or _kind_of_binary(head)
+
+
+def _kind_of_binary(head: bytes) -> str:
+    # both begin with a number for what follows, and have no mark of their own
+    if head[0] == 8 and any(maker in head[:64] for maker in (b"pytorch", b"onnx", b"tf2onnx")):
+        return "an ONNX file"
+    # a map of few entries, the first of which has a short text as its key
+    if 0x81 <= head[0] <= 0x8F and 0xA1 <= head[1] <= 0xBF and head[2 : head[1] - 158].isalnum():
+        return "a MessagePack file, as Flax writes"
+    return "a binary file of no known kind"
 
 
 def _kind_of_text(head: bytes) -> str:
+    """What a text is whose first KiB is `head`; "" if it is none."""
     try:  # the last character may be cut
         text = codecs.getincrementaldecoder("utf-8")().decode(head).lstrip()
     except UnicodeDecodeError:
-        return "a binary file of no known kind"
-    if "\0" in text:
-        return "a binary file of no known kind"
+        return ""
+    if any(char in text for char in "\0\b"):
+        return ""
     if text.lower().startswith(("<!doctype html", "<html")):
         return "an HTML page"
+    if text.startswith("{") and '"weight_map"' in text:
+        return INDEX
     return "a JSON file" if text.startswith(("{", "[")) else "a text file"
 
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -34,6 +35,8 @@ class WeightFile:
     name: str
     # Hugging Face repository, "owner/name"
     repo: str = ""
+    # branch, tag or commit of the repository; None = its main branch
+    revision: str | None = None
     # folders of the repository that may hold the file; the first one that does is taken
     subfolders: tuple[str, ...] = ("",)
     # files of the same folder without which it is of no use, e.g. its config.json: fetched with it
@@ -75,7 +78,8 @@ class WeightFile:
         for subfolder in self.subfolders:
             names = self._names(subfolder)
             try:
-                copies = [huggingface_hub.try_to_load_from_cache(self.repo, n) for n in names]
+                find, at = huggingface_hub.try_to_load_from_cache, self._at()
+                copies = [find(self.repo, name, **at) for name in names]
             except ValueError as error:
                 raise UserError(f"{self.repo} names no repository: {short(error)}") from None
             first, *others = copies
@@ -126,7 +130,7 @@ class WeightFile:
         """Address that a download asks for; "" if the file is published nowhere."""
         if not self.repo:
             return self.url
-        return huggingface_hub.hf_hub_url(self.repo, self._names()[0])
+        return huggingface_hub.hf_hub_url(self.repo, self._names()[0], **self._at())
 
     @property
     def remedy(self) -> str:
@@ -136,7 +140,8 @@ class WeightFile:
         if self.repo:
             # where several folders are possible, only the whole repository is sure to have it
             files = [*self._names(), ""] if len(self.subfolders) == 1 else [""]
-            command = f"hf download {self.repo} {' '.join(files)}--local-dir DIR"
+            at = f"--revision {self.revision} " if self.revision else ""
+            command = f"hf download {self.repo} {' '.join(files)}{at}--local-dir DIR"
             steps.insert(0, f"run `{command}` where there is a network, then give {setting}")
         elif self.url:
             steps.insert(0, f"fetch {self.url} where there is a network, then give {setting}")
@@ -146,6 +151,9 @@ class WeightFile:
         """Paths in the repository: of the file, then of its companions."""
         folder = self.subfolders[0] if subfolder is None else subfolder
         return [f"{folder}/{name}".lstrip("/") for name in (self.name, *self.companions)]
+
+    def _at(self) -> dict[str, Any]:
+        return {"revision": self.revision} if self.revision else {}
 
     def _in_torch_cache(self) -> Path:
         return Path(torch.hub.get_dir()) / "checkpoints" / self.name
@@ -166,7 +174,8 @@ class WeightFile:
         for subfolder in self.subfolders:
             names = self._names(subfolder)
             try:
-                copies = [huggingface_hub.hf_hub_download(self.repo, name) for name in names]
+                get, at = huggingface_hub.hf_hub_download, self._at()
+                copies = [get(self.repo, name, **at) for name in names]
                 return Path(copies[0])
             except LocalEntryNotFoundError:  # no network, which says nothing about the hub
                 raise

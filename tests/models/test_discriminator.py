@@ -6,6 +6,8 @@ import torch.nn as nn
 
 from models.checks.errors import UserError
 from models.discriminator import PatchGAN
+from tests.tiny import tiny_config
+from utils.training.networks import build_disc
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +143,21 @@ def test_check_resolution_refuses_exactly_what_leaves_no_patch(layers):
         message = str(error.value)
         assert f"disc.layers={layers}" in message and f"{resolution} px" in message
         assert "\n" not in message
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: state,
+    lambda state: {"discriminator": {f"module.{k}": v for k, v in state.items()}, "steps": 1},
+    lambda state: {"state_dict": {f"loss.discriminator.{k}": v for k, v in state.items()}
+                   | {"encoder.conv_in.weight": torch.ones(1)}},
+])  # fmt: skip
+def test_the_discriminator_of_a_training_checkpoint_is_found(wrap, tmp_path):
+    """The discriminators of REPA-E's checkpoints, and of taming-transformers' VQGAN."""
+    c = tiny_config("disc.layers=2", "disc.channels=8")
+    trained = build_disc(c, None).state_dict()
+    torch.save(wrap(trained), path := tmp_path / "disc.pt")
+    loaded = build_disc(c, str(path)).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in trained.items())
+    torch.save({"model": {"a": torch.ones(1)}}, path)
+    with pytest.raises(UserError, match=r"do not fit the discriminator of this config: .*model\.a"):
+        build_disc(c, str(path))

@@ -97,7 +97,7 @@ def test_a_weight_without_a_network_and_a_network_that_is_none_are_refused(file)
         tiny_config("loss.reg.perceptual=1")
     with pytest.raises(UserError, match=r"unknown encoder timm:test_resnett: .*test_resnet"):
         load_perceptual_net("timm:test_resnett@random", 16)
-    with pytest.raises(UserError, match="does not fit timm:test_vit"):
+    with pytest.raises(UserError, match="not fit timm:test_vit"):
         load_perceptual_net(f"timm:test_vit@{file}", 32)
 
 

@@ -22,6 +22,7 @@ from models.autoencoders.families import (
     QwenFamily,
     config_of,
 )
+from models.autoencoders.names import short_name
 from models.checks.errors import UserError
 from models.vae import build_vae, load_vae, vae_weight_file
 
@@ -109,10 +110,8 @@ class CompVisEncoder(Half):
     def __init__(self, widths, latent, attn):
         super().__init__()
         self.frame(3, widths[0], widths[-1], widths[-1], 2 * latent)
-        last, ins = len(widths) - 1, (widths[0], *widths)
-        self.down = nn.ModuleList(
-            level(ins[i], c, 2, attn and i == last) for i, c in enumerate(widths)
-        )
+        ins = (widths[0], *widths)
+        self.down = nn.ModuleList(level(ins[i], c, 2, i in attn) for i, c in enumerate(widths))
         for i, c in enumerate(widths[:-1]):
             self.down[i].downsample = Resample(c, 2)
 
@@ -128,10 +127,8 @@ class CompVisDecoder(Half):
     def __init__(self, widths, latent, attn):
         super().__init__()
         self.frame(latent, widths[-1], widths[-1], widths[0], 3)
-        last, ins = len(widths) - 1, (*widths[1:], widths[-1])
-        self.up = nn.ModuleList(
-            level(ins[i], c, 3, attn and i == last) for i, c in enumerate(widths)
-        )
+        ins = (*widths[1:], widths[-1])
+        self.up = nn.ModuleList(level(ins[i], c, 3, i in attn) for i, c in enumerate(widths))
         for i, c in enumerate(widths):
             if i > 0:
                 self.up[i].upsample = Resample(c, 1)
@@ -145,19 +142,40 @@ class CompVisDecoder(Half):
 
 
 class CompVisVAE(nn.Module):
-    def __init__(self, widths, latent, attn):
+    """attn: the levels with attention; decoder_attn: those of the decoder, if they are others."""
+
+    def __init__(self, widths, latent, attn=(), decoder_attn=None, quant=True):
         super().__init__()
         self.encoder = CompVisEncoder(widths, latent, attn)
-        self.decoder = CompVisDecoder(widths, latent, attn)
-        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
-        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+        self.decoder = CompVisDecoder(
+            widths, latent, attn if decoder_attn is None else decoder_attn
+        )
+        if quant:
+            self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+            self.post_quant_conv = nn.Conv2d(latent, latent, 1)
         for parameter in self.parameters():  # every tensor must matter, norms and biases too
             nn.init.normal_(parameter, std=0.1) if parameter.ndim == 1 else None
             parameter.data += parameter.ndim == 1
 
+    def moments(self, x):
+        h = self.encoder(x)
+        return self.quant_conv(h) if hasattr(self, "quant_conv") else h
 
-F8D4 = {"widths": (32, 32, 64, 64), "latent": 4, "attn": False}
-F16D32 = {"widths": (32, 32, 32, 64, 64), "latent": 32, "attn": True}
+    def decode(self, z):
+        return self.decoder(self.post_quant_conv(z) if hasattr(self, "quant_conv") else z)
+
+
+F8D4 = {"widths": (32, 32, 64, 64), "latent": 4}
+F16D32 = {"widths": (32, 32, 32, 64, 64), "latent": 32, "attn": (4,)}
+# their shapes, narrower
+SHAPES = {
+    "f8d4": F8D4,
+    "f16d32": F16D32,
+    "flux": {"widths": (32, 32, 64, 64), "latent": 16, "quant": False},
+    "mar-kl16": {**F16D32, "latent": 16, "decoder_attn": ()},
+    "ldm-f4": {"widths": (32, 32, 64), "latent": 3},
+    "ldm-f32": {"widths": (32, 32, 32, 32, 64, 64), "latent": 64, "attn": (4, 5)},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -273,22 +291,17 @@ def test_forward_uses_the_given_noise():
 # ---------------------------------------------------------------- CompVis files
 
 
-@pytest.mark.parametrize(("shape", "wrap"), [(F8D4, True), (F16D32, False)], ids=["f8d4", "f16d32"])
-def test_compvis_file_is_the_same_function(tmp_path, shape, wrap):
-    def edit(state):
-        if not wrap:
-            return state
-        return {"state_dict": {**state, "loss.logvar": torch.zeros(())}, "global_step": 7}
-
-    net, path = compvis_file(tmp_path / "vae.pt", shape, edit)
-    vae, x = load_vae(path), torch.rand(2, 3, 64, 64, dtype=torch.float64) * 2 - 1
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compvis_file_is_the_same_function(tmp_path, shape):
+    net, path = compvis_file(tmp_path / "vae.pt", SHAPES[shape])
+    vae, x = load_vae(path), torch.rand(1, 3, 64, 64, dtype=torch.float64) * 2 - 1
     assert sum(p.numel() for p in vae.parameters()) == sum(p.numel() for p in net.parameters())
     net, vae = net.double(), vae.double()  # float32 rounds twelve layers of this to 7e-5
     with torch.no_grad():
-        moments = net.quant_conv(net.encoder(x))
+        moments = net.moments(x)
         posterior, z = vae.encode(x), moments.chunk(2, dim=1)[0]
         torch.testing.assert_close(posterior.parameters, moments, atol=1e-12, rtol=1e-12)
-        image = net.decoder(net.post_quant_conv(z))
+        image = net.decode(z)
         torch.testing.assert_close(vae.decode(z), image, atol=1e-12, rtol=1e-12)
     assert image.std() > 0.01 and moments.std() > 0.01
 
@@ -343,7 +356,7 @@ def test_compvis_weights_into_a_named_architecture(tmp_path):
         ),
         (lambda s: s | {"quant_conv.bias": torch.zeros(3)}, r"quant_conv\.bias \(3,\) for \(8,\)"),
         (lambda s: {k: v for k, v in s.items() if "decoder" not in k}, "decoder.conv_in.weight"),
-        (lambda s: {"module." + k: v for k, v in s.items()}, "no CompVis key names"),
+        (lambda s: {"weight": s["quant_conv.bias"]}, "no tensors encoder.conv_in.weight"),
     ],
 )
 def test_compvis_load_is_strict(tmp_path, edit, message):
@@ -466,7 +479,7 @@ def test_unknown_names_and_missing_files_say_what_to_do(tmp_path):
 
 
 def test_each_spec_names_its_file(tmp_path):
-    """How a file is found and fetched is tested in test_weights.py."""
+    """How a file is found and fetched is tested in weights/test_published.py."""
     sd, qwen, other = (vae_weight_file(spec) for spec in ("sdvae", "qwenimage", "a/b"))
     assert (sd.repo, sd.subfolders) == ("stabilityai/sd-vae-ft-mse", ("",))
     assert (qwen.repo, qwen.subfolders) == ("Qwen/Qwen-Image", ("vae",))
@@ -474,7 +487,10 @@ def test_each_spec_names_its_file(tmp_path):
     for file in (sd, qwen, other):
         assert file.name == "diffusion_pytorch_model.safetensors"
         assert file.companions == ("config.json",)
-        assert "vae.weights=DIR" in file.remedy
+        assert file.remedy.endswith("then give DIR in place of its name")
+    tagged = vae_weight_file("a/b@v1")
+    assert (tagged.repo, tagged.revision, other.revision) == ("a/b", "v1", None)
+    assert "hf download a/b --revision v1 " in tagged.remedy
     build_vae("tiny-f8d4").save(tmp_path / "vae")
     weights = tmp_path / "vae" / sd.name
     for spec, place in ((tmp_path, "hub"), ("sdvae", tmp_path), ("sdvae", weights)):
@@ -613,14 +629,38 @@ def test_integer_weights_of_a_vae_are_refused(tmp_path):
         load_vae(tmp_path)
 
 
-def test_a_hint_names_the_same_vae_or_none():
+def test_a_published_vae_is_known_by_every_name_of_its(monkeypatch, tmp_path):
     for asked, meant in {
+        "stabilityai/sd-vae-ft-mse": "sdvae",
         "sd-vae-ft-mse": "sdvae",
         "sd-vae-ft-ema": "sdvae-ema",
-        "SD_VAE_FT_MSE": "sdvae",
+        "stabilityai/sd-vae-ft-mse-original": "sdvae",
+        "https://huggingface.co/stabilityai/sd-vae-ft-mse": "sdvae",
+        "https://huggingface.co/someone/vae/tree/main/": "someone/vae",
+        "stabilityai/sdxl-vae": "sdxl",
+        "REPA-E/e2e-vavae-hf": "e2e-vavae",
+        "REPA-E/e2e-sdvae": "e2e-sdvae",
         "vavae-hf": "vavae",
-        "FLUX.1-dev": "flux",
-        "SDVAE": "sdvae",
+        "flux.1-dev": "flux",
+        "Qwen/Qwen-Image": "qwenimage",
+    }.items():
+        assert short_name(asked) == meant
+        assert vae_weight_file(asked) == vae_weight_file(meant)
+        assert vae_weight_file(asked, None) is None
+    with torch.device("meta"):  # needs no network, as a short name does
+        assert build_vae("stabilityai/sd-vae-ft-mse").net.config.scaling_factor == 0.18215
+    monkeypatch.chdir(tmp_path)  # a folder of that name is that folder
+    build_vae("tiny-f8d4").save("stabilityai/sd-vae-ft-mse")
+    assert load_vae("stabilityai/sd-vae-ft-mse").latent_shape(8) == (4, 1, 1)
+    with pytest.raises(UserError, match="no VAE stabilityai/sd-vae: not a short name"):
+        load_vae("stabilityai/sd-vae")  # of an owner who is a folder here: no question to the hub
+
+
+def test_a_hint_names_the_same_vae_or_none():
+    for asked, meant in {
+        "SD_VAE_FT_MSE": "sdvae",
+        "FLUX1-dev": "flux",
+        "SDVAE.": "sdvae",
         "sd35": "sd3.5",
     }.items():
         with pytest.raises(UserError, match=rf"did you mean {meant}\?"):

@@ -70,7 +70,9 @@ def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
 def test_samples_of_a_training_checkpoint(tmp_path, monkeypatch, capsys):
     run(joint_checkpoint(tmp_path / "c.pt"), tmp_path / "out")
     printed = capsys.readouterr().out
-    assert "weights: model and ema\n" in printed and "time: t = 0 is data\n" in printed
+    assert "weights: model, without the prefix module. and ema\n" in printed
+    assert "time: t = 0 is data (projectors.*, bn.*, enc_type=" in printed
+    assert "interpolant: linear\n" in printed
     assert "latent norm: bn.* of the checkpoint\n" in printed and "step 400000" in printed
     var = [v * 1.2 for v in VAR]  # of the EMA
     expected = pipeline(sit_state(2), compvis_vae(), MEAN, var)
@@ -89,15 +91,23 @@ def test_samples_of_an_original_sit_in_its_own_time(tmp_path, monkeypatch, capsy
     assert_same(samples(tmp_path / "out", tmp_path / "a.npz", monkeypatch), expected)
     kept = ["--allow-learn-sigma", "slice", "--time", "repa"]
     run(tmp_path / "SiT.pt", tmp_path / "kept", *words, *kept)
-    assert "time: t = 0 is data\n" in capsys.readouterr().out
+    assert "time: t = 0 is data (--time repa)\n" in capsys.readouterr().out
+
+
+def test_a_dit_is_warned_about(tmp_path, capsys):
+    torch.save(original_sit_state(5, out=8), tmp_path / "DiT-XL-2-256x256.pt")
+    words = ["--vae", "tiny-f8d4", "--scaling-factor", 0.5, "--num-heads", HEADS]
+    run(tmp_path / "DiT-XL-2-256x256.pt", tmp_path / "out", *words, "--allow-learn-sigma", "slice")
+    assert "warning: a DiT predicts noise" in capsys.readouterr().out
 
 
 def test_a_refused_file_ends_the_command_with_one_line_and_exit_code_2(tmp_path, capsys):
-    path = joint_checkpoint(tmp_path / "bomb.pt", args=Bomb(tmp_path / "executed"))
+    path = tmp_path / "bomb.pt"
+    torch.save(Bomb(tmp_path / "executed"), path)
     with pytest.raises(SystemExit) as end:
         cli.run(lambda: run(path, tmp_path / "out"))
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and "system" in error
+    assert end.value.code == 2 and error.count("\n") == 1 and "bomb.pt" in error
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
 
 

@@ -23,6 +23,7 @@ from models.checks.errors import UserError
 from scripts import prepare_data
 from utils import cli, files
 from utils.data.base import hash_images
+from utils.data.decoding.conversion import Conversion
 from utils.data.registry import open_source
 from utils.data.sampling import StepSampler, make_loader
 from utils.data.sources import packed as packed_data
@@ -75,7 +76,7 @@ def test_packed_equals_folder_bit_for_bit(folder, packed):
 
 def test_unreadable_images_are_listed(packed):
     lines = (packed / "skipped.txt").read_text().splitlines()
-    assert lines[0] == "class5/4.png\tnot an image"
+    assert lines[0] == "class5/4.png\tnot an image, but a text file"
     assert lines[1].startswith("class10/8.png\t") and len(lines) == 2
     meta = json.loads((packed / "meta.json").read_text())
     assert meta["num_skipped"] == 2 and meta["shards"] == [5, 5, 4, 5, 2]
@@ -163,7 +164,7 @@ def test_changed_settings_are_refused(folder, packed, tmp_path):
 
 def test_changed_crop_is_refused(folder, packed, monkeypatch):
     monkeypatch.setattr(packed_data, "CROP_VERSION", "new")
-    with pytest.raises(UserError, match="begun with crop_version=adm-center-crop-1, now new"):
+    with pytest.raises(UserError, match="begun with crop_version=adm-center-crop-2, now new"):
         pack(folder, packed)
 
 
@@ -434,11 +435,74 @@ def test_records_that_do_not_fit_are_refused(folder, packed, tmp_path, record):
     assert "\n" not in str(error.value) and not (out / "meta.json").exists()
 
 
-def test_a_class_of_which_nothing_is_readable_is_no_class(folder, tmp_path):
+def odd_pictures(root: Path) -> Path:
+    """Of four pictures one is turned by EXIF, one transparent, one grey of 12 bits."""
+    (root / "a").mkdir(parents=True)
+    grey = (np.arange(256) * 16).astype(np.uint16).reshape(16, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray((grey // 16).astype(np.uint8)).save(root / "a/0.png")
+    Image.fromarray(grey).save(root / "a/1.png")
+    Image.fromarray((grey // 16).astype(np.uint8)).save(root / "a/2.png", exif=exif)
+    Image.new("RGBA", (16, 16)).save(root / "a/3.png")
+    (root / "a/4.heic").touch()
+    return root
+
+
+def test_odd_pictures_are_counted_and_said_and_their_conversion_recorded(tmp_path, capsys):
+    src = odd_pictures(tmp_path / "src")
+    pack(src, tmp_path / "plain")
+    said = capsys.readouterr().out.rpartition("still to write")[2]
+    for words in (
+        "note: 1 of 4 pictures are to be turned by their EXIF data, which is not done",
+        "note: 1 of 4 pictures are transparent: they are put on white",
+        "note: 1 of 4 pictures are 16-bit grey (1 with values below 4,096): ",
+        "note: ignored: 1 .heic below",
+        "packed 4 images, 1 classes, 0 skipped",
+    ):
+        assert words in said
+    pack(src, tmp_path / "asked", "--exif", "--depth-range", 0, 4095, workers=2)
+    plain, asked = (
+        json.loads((tmp_path / n / "meta.json").read_text()) for n in ("plain", "asked")
+    )
+    odd = {"turned by EXIF": 1, "transparent": 1, "16-bit grey below 4,096": 1}
+    assert plain["oddities"] == asked["oddities"] == odd
+    assert plain["crop_version"] == "adm-center-crop-2"
+    assert plain["conversion"] == {
+        "exif": False, "depth_range": None, "background": [255, 255, 255]
+    }  # fmt: skip
+    assert asked["conversion"] == plain["conversion"] | {"exif": True, "depth_range": [0, 4095]}
+    first, grey, turned, white = (x_u8 for x_u8, _ in open_source("packed", tmp_path / "asked", 16))
+    assert torch.equal(grey, first) and torch.equal(turned, first.rot90(-1, (1, 2)))
+    assert (white == 255).all()
+    with pytest.raises(UserError, match=r"begun with conversion=.*use the same input and settings"):
+        pack(src, tmp_path / "plain", "--exif")
+
+
+def test_packed_data_keep_the_conversion_that_they_were_packed_with(tmp_path):
+    """They need no settings; settings that ask for another conversion are refused."""
+    pack(odd_pictures(tmp_path / "src"), tmp_path / "out", "--exif")
+    plain, how = open_source("packed", tmp_path / "out", 16), Conversion(exif=True)
+    assert plain.conversion == how
+    assert len(open_source("packed", tmp_path / "out", 16, conversion=how)) == 4
+    other = Conversion(depth_range=(0, 9))
+    with pytest.raises(UserError, match=r"was packed with exif, and .* leave depth_range 0 9 out"):
+        open_source("packed", tmp_path / "out", 16, conversion=other)
+
+
+@pytest.mark.parametrize("words", [(5, 5), (9, 3), (0, 65536)])
+def test_a_range_of_depths_without_values_is_refused(tmp_path, words):
+    (tmp_path / "src").mkdir()
+    with pytest.raises(UserError, match=r"--depth-range \d+ \d+: expected 0 <= LO < HI <= 65535"):
+        pack(tmp_path / "src", tmp_path / "out", "--depth-range", *words)
+
+
+def test_a_class_of_which_nothing_is_readable_is_no_class(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "src")
     for path in (tmp_path / "src/class5").iterdir():
         path.write_bytes(b"broken")
     pack(tmp_path / "src", tmp_path / "out")
+    assert "no picture of 1 class can be read: class5; see" in capsys.readouterr().out
     source = open_source("packed", tmp_path / "out", 16)
     assert source.classes == ["class0", "class10"] and source.notes
     assert {y for _, y in source} == {0, 1}

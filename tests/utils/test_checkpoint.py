@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from models.checks.errors import UserError
+from models.weights.headers import write_safetensors
 from utils import sealed
-from utils.checkpoint import Checkpoints, is_step, write_safetensors
+from utils.checkpoint import Checkpoints, is_step
 from utils.files import HashedFile, sha256_file
 from utils.sealed import find_fault, read_state_json
 
@@ -60,7 +61,7 @@ def test_weights_are_the_bytes_of_safetensors_and_hashed_as_they_are_written(tmp
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(plain, tmp_path / "theirs", {"format": "pt"})
     with HashedFile(tmp_path / "ours") as file:
-        write_safetensors(file, tensors, {"format": "pt"})
+        write_safetensors(file.write, tensors, {"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert file.sha256 == sha256_file(tmp_path / "theirs")
 
@@ -322,13 +323,15 @@ def test_what_run_resume_names_is_said(tmp_path):
         (tmp_path / "absent", "absent"),
         (file, "text file"),
         (fifo, "FIFO"),
-        (tmp_path / "other", "name one of its checkpoints"),
         (Path("a\0b"), "not a whole checkpoint"),
     ):
         with pytest.raises(UserError, match=words):
             Checkpoints(tmp_path / "run").choose_start(str(path))
-    start = Checkpoints(tmp_path / "run").choose_start(str(other.path(4)))
-    assert start == other.path(4)
+    for named in (other.path(4), other.folder, other.folder.parent):  # a run: its newest one
+        assert Checkpoints(tmp_path / "run").choose_start(str(named)) == other.path(4)
+    other.path(4).rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="no whole checkpoint yet"):
+        Checkpoints(tmp_path / "run").choose_start(str(other.folder.parent))
 
 
 def test_a_run_that_began_with_a_path_goes_on_from_its_own_and_no_other_does(tmp_path):

@@ -5,6 +5,8 @@ from dataclasses import field
 from typing import Any
 
 MOST_STEPS = 10**9
+# What may be new in the networks of a run that begins with a checkpoint of another one.
+INIT_NEW = ("projectors", "classes", "pos_embed", "disc")
 
 
 def choice(default: str, names: Iterable[str]) -> Any:

@@ -1,15 +1,20 @@
 """From YAML files and `key=value` overrides to a checked `Config`, and back to YAML."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, asdict
 from difflib import get_close_matches
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
+from models.autoencoders.families import VAES
+from models.autoencoders.names import short_name
+from models.backbones.names import canonical
 from models.checks.errors import UserError
 from utils.config.reading import as_mapping, parse_yaml, read_yaml, show, show_text
 from utils.config.resuming import FREE, is_in
@@ -97,11 +102,13 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 
 def _inherit(config: Config, given: set[str]) -> None:
-    """With `run.init_from`, the VAE is that of the checkpoint, and the config says so. `given`: the
-    settings that a file or an override names."""
-    origin = config.run.init_from
-    if origin is None:
+    """With `run.init_from`, the VAE is that of the checkpoint, and the config says so; of a run, it
+    is the checkpoint that is meant. `given`: the settings that a file or an override names."""
+    if config.vae.name not in VAES:
+        config.vae.name = _origin(config, "vae.name")
+    if config.run.init_from is None:
         return
+    origin = config.run.init_from = _origin(config, "run.init_from")
     if "vae.weights" in given and config.vae.weights is not None:
         raise UserError(
             f"run.init_from={origin} brings the weights of the VAE, and vae.weights="
@@ -110,6 +117,37 @@ def _inherit(config: Config, given: set[str]) -> None:
     config.vae.weights = None
     if "vae.name" not in given:
         config.vae.name = str(Path(origin) / "vae")
+
+
+def _origin(config: Config, name: str) -> str:
+    """The checkpoint that a setting means which may name a run. A run that has begun with one of a
+    run's folder stays with that: newer ones, or none, may be there by now."""
+    text = str(_get(config, name))
+    given, resumed = Path(text), Path(config.run.resume).absolute()
+    for begun in (config.run_dir, resumed, resumed.parent.parent):
+        saved = _saved(begun, name)
+        if saved and given.resolve() in [*Path(saved).resolve().parents[:2]]:
+            return saved
+    if not os.path.isdir(given / "checkpoints") and given.name != "checkpoints":
+        return text
+    from utils.checkpoint import newest_of  # imports torch
+
+    # its bytes are read in the plan, which one rank makes
+    return str(newest_of(given, report=lambda _: None, read_all=False))
+
+
+def _saved(run: Path, name: str) -> str | None:
+    """A setting of a run that has begun; None without one, or if it cannot be read."""
+    if not any((run / "checkpoints").glob("[0-9]*")):
+        return None
+    try:
+        return _get(read_saved_config(run / CONFIG_FILE), name)
+    except UserError:
+        return None
+
+
+def _get(config: Config, name: str) -> Any:
+    return reduce(getattr, name.split("."), config)
 
 
 # --------------------------------------------------------------------------------------
@@ -235,6 +273,8 @@ def _build(layers: Sequence[Layer], expand: bool, config: Config | None = None) 
     config = config or Config()
     for name, node in nodes.items():
         _set(config, name, convert(node, SETTINGS[name], name, expand))
+    config.encoder.names = [canonical(name) for name in config.encoder.names]
+    config.vae.name = short_name(config.vae.name)
     return config
 
 

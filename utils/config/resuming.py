@@ -26,7 +26,8 @@ STEERING = ("*.optim.*", "run.skip_steps")
 # A repetition: runs that differ in them are the same experiment, but not the same run.
 REPETITION = ("run.seed", "data.source", "data.path", "data.latents", "encoder.cached")
 # What a run starts with: without effect later, so that a resumed run cannot change them at all.
-STARTING = ("run.init_from", "vae.name", "vae.weights", "disc.weights", "latent_norm.stats_images")
+STARTING = ("run.init_from", "run.init_new", "vae.name", "vae.weights", "disc.weights")
+STARTING += ("latent_norm.stats_images",)
 
 # No settings, but they can be named in run.allow_change: the names of the classes, in order, and
 # what the images and the labels hold.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from models.checks.errors import UserError
 from models.sizes import SIZES
-from utils.config.fields import MOST_STEPS, choice, path_or
+from utils.config.fields import INIT_NEW, MOST_STEPS, choice, path_or
 from utils.config.looking import EvalConfig, PreviewConfig
 from utils.config.losses import LossConfig
 from utils.records import Range, number
@@ -73,11 +73,15 @@ class RunConfig:
     bucket_mb: int = number(25, at_least=1, at_most=10_000)
     # true = each rank keeps a share of the optimizers' state and of the EMA; all else is the same.
     shard_optimizer: bool = False
-    # auto = continue from this run's newest complete checkpoint; never; or a checkpoint folder.
+    # auto = continue from this run's newest complete checkpoint; never; or a checkpoint folder, or
+    # another run for its newest one.
     resume: str = path_or("auto")
-    # Checkpoint folder (no run, no hub id) whose weights a new run starts with, or null. Then
-    # vae.name, if not given, is that of its VAE, vae.weights null; disc.weights comes first.
+    # Checkpoint folder, or a run for its newest one, whose weights a new run starts with, or null.
+    # Then vae.name, if not given, is that of its VAE, vae.weights null; disc.weights comes first.
     init_from: str | None = path_or(None)
+    # What may be new where that does not fit: projectors (of other encoders), classes (their rows),
+    # pos_embed (of another number of tokens), disc (of another shape).
+    init_new: list[str] = field(default_factory=list, metadata={"choices": INIT_NEW})
     # Names of settings, e.g. [vae.optim.lr], that a resumed run may change although they change it.
     allow_change: list[str] = field(default_factory=list)
     # What follows a loss or gradient that is not finite: stop = end the run, exit code 1; skip =
@@ -111,14 +115,23 @@ class DataConfig:
 
     # Kind of data: a name in utils/data/registry.py.
     source: str = "packed"
-    # Folder of the data. null for data that come with the code.
+    # Folder of the data, or a file. null for data that come with the code.
     path: str | None = path_or(None)
+    # Where the classes come from: folder = the folders of the images; none = one class; or a file:
+    # json, jsonl, csv, lines of `name label`. auto = dataset.json if there is one, else folder.
+    labels: str | None = path_or("auto")
     # Folder written by scripts/cache_latents.py; the frozen VAE is then not run. null = no cache.
     latents: str | None = path_or(None)
     # Part of the data, if the source has parts: train or test of the digits. all = everything.
     split: str = "all"
     # Height and width of the images, in pixels.
     resolution: int = number(256, at_least=1, at_most=8192)
+    # true = turn pictures as their EXIF data say. ADM and the published recipe do not.
+    exif: bool = False
+    # Values of 16-bit grey pictures that become black and white, e.g. [0,4095]. [] = 0 and 65535.
+    depth_range: list[int] = field(
+        default_factory=list, metadata={"range": Range(at_least=0, at_most=65535)}
+    )
     # Number of classes that the data must have. null = accept whatever number it has.
     num_classes: int | None = number(None, at_least=1, at_most=10**6)
     # true = mirror half of the images. The published recipe does not.
@@ -133,7 +146,8 @@ class DataConfig:
 class VaeConfig:
     """The autoencoder."""
 
-    # Short name (models/autoencoders/families.py), hub id, diffusers folder or CompVis .pt file.
+    # Short name (models/autoencoders/families.py), hub id, checkpoint, run, diffusers folder, or a
+    # weight file with a VAE in it.
     name: str = path_or("sdvae")
     # hub = the published weights; a folder or file; null = those of run.init_from, or random.
     weights: str | None = path_or("hub")
@@ -200,9 +214,9 @@ class LatentNormConfig:
 class EncoderConfig:
     """The frozen vision encoders whose features the alignment loss compares with."""
 
-    # Short names (models/encoders.py), or timm:NAME.
+    # Short names (models/backbones/table.py), published names (facebook/dinov2-base), or timm:NAME.
     names: list[str] = field(default_factory=lambda: ["dinov2-b"])
-    # A weight file (or null = the published one) for each name. [] = the published ones.
+    # A weight file or folder (or null = the published one) for each name. [] = the published ones.
     weights: list[str | None] = field(default_factory=list, metadata={"path": ""})
     # Feature tokens per side of the image. null = data.resolution / 16.
     grid: int | None = number(None, at_least=1, at_most=1024)

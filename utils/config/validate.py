@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 
+from models.checks.file_kinds import what_is
 from utils.cli import LONGEST_NAME
 from utils.config.resuming import CLASSES, CONTENT, STARTING, is_in
 from utils.config.schema import Config, all_settings
@@ -25,7 +26,7 @@ def config_errors(config: Config) -> list[str]:
     other only if each is valid by itself.
     """
     alone = [*_range_errors(config), *_value_errors(config)]
-    return alone or [*_network_errors(config), *_loss_errors(config)]
+    return alone or [*_data_errors(config), *_network_errors(config), *_loss_errors(config)]
 
 
 def _range_errors(config: Config) -> Iterator[str]:
@@ -76,18 +77,27 @@ def _folder_errors(config: Config) -> Iterator[str]:
         started = any((config.run_dir / "checkpoints").glob("[0-9]*"))
         origin = None if started or run.resume not in ("auto", "never") else run.init_from
         if origin is not None and not os.path.isfile(Path(origin) / "sit" / "config.json"):
-            yield (f"run.init_from={origin} is no checkpoint folder: it has no sit/config.json; "
-                   f"{_other_origin(Path(origin))}")  # fmt: skip
+            yield f"run.init_from={origin} is no checkpoint folder: {_other_origin(Path(origin))}"
 
 
 def _other_origin(given: Path) -> str:
-    """What to name as run.init_from instead of what is no checkpoint folder."""
-    run = given.parent if given.name == "checkpoints" else given
-    if steps := sorted((run / "checkpoints").glob("[0-9]*")):
-        return f"that is a run, name one of its checkpoints, e.g. {steps[-1]}"
+    """What is no checkpoint folder, and what to name as run.init_from instead."""
+    from utils.sealed import name_instead  # imports torch
+
     if (given / "sit_ema").is_dir():
         return "an exported pipeline has no raw weights to train on, name a checkpoint of a run"
-    return "name one like exps/NAME/checkpoints/0400000"
+    kind = what_is(given)
+    known = {"absent": "no such folder", "a folder": "it has no sit/config.json"}
+    what = known.get(kind, f"it is {kind}")
+    return f"{what}; {name_instead(given, 'sit')}"
+
+
+def _data_errors(config: Config) -> Iterator[str]:
+    """A range of depths that is none."""
+    given = config.data.depth_range
+    if given and (len(given) != 2 or given[0] >= given[1]):
+        text = str(given).replace(" ", "")
+        yield f"data.depth_range={text} must be two values, the lower one first, e.g. [0,4095]"
 
 
 def _network_errors(config: Config) -> Iterator[str]:
@@ -100,6 +110,10 @@ def _network_errors(config: Config) -> Iterator[str]:
     if vae.train and latents is not None:
         yield (f"data.latents={latents} is a cache of a frozen VAE's latents: set vae.train=false, "
                "or data.latents=null")  # fmt: skip
+    if config.run.init_new and config.run.init_from is None:
+        named = ",".join(config.run.init_new)
+        yield (f"run.init_new=[{named}] says what is new beside the weights of run.init_from, "
+               "which is null: set run.init_from, or run.init_new=[]")  # fmt: skip
     if not vae.train and vae.weights is None and config.run.init_from is None:
         yield ("vae.weights=null with vae.train=false would train on the latents of random "
                "weights: set vae.weights, or vae.train=true")  # fmt: skip

@@ -1,7 +1,8 @@
 """Images for training and evaluation: where they come from, and how a step gets its batch.
 
-base.py          `Source`, the class that every data source extends; class numbers, broken images,
-                 fingerprints of content
+base.py          `Source`, the class that every data source extends; broken images, fingerprints of
+                 content
+labels.py        the class of each image: files of labels in every layout, class numbers
 registry.py      every source by its name; opening one, also from command-line arguments
 listing.py       the images below a folder: one rule for all that read one
 content.py       sha256 of what files hold; kept for files that stay the same
@@ -13,5 +14,6 @@ latent_writer.py the same: the writer
 latent_stats.py  mean and std of a VAE's latents
 sharded.py       arrays on disk in numbered shards: the resumable writer, and the reader
 
-sources/         the kinds of data: folders, packed pixels, HDF5, digits, noise
+decoding/       what a picture file means: formats, colours, depth, orientation
+sources/         the kinds of data: folders, archives, packed pixels, HDF5, parquet, digits, noise
 """

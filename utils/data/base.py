@@ -1,10 +1,11 @@
-"""What every data source must offer: the class `Source`; class numbers; images that are broken."""
+"""What every data source must offer: the class `Source`; images that are broken; fingerprints."""
 
 import hashlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -12,15 +13,15 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from models.checks.errors import UserError
-from models.checks.file_kinds import read_json
+from models.checks.errors import UserError, printable
 from utils import cli
 from utils.data.content import file_sha256s
-from utils.data.images import CROP_VERSION, ImageFileError
-from utils.data.listing import printable
+from utils.data.decoding import oddities
+from utils.data.decoding.conversion import PLAIN, Conversion
+from utils.data.images import FIRST_CROP, ImageFileError, read_image
+from utils.data.labels import AUTO
 from utils.files import TEXT
 
-MOST_CLASSES = 1_000_000  # a larger label is no class number
 MOST_IN_A_ROW = 100  # unreadable images, over the limit, before one is no longer replaced
 HASHED = 64  # images that are read at a time to hash them
 TRIED = 8  # items of which one must be readable before a run starts
@@ -69,11 +70,16 @@ class Source(ABC):
     needs_path: bool = True  # whether data.path must name the data
     path_may_be_file: bool = False  # whether data.path may be a file; else it must be a folder
     splits: tuple[str, ...] = ("all",)  # values of data.split
+    takes_labels: bool = False  # whether `labels_from` is read
+    random_access: bool = True  # whether any image is read at once; else the data must be packed
 
     # how the user names the arguments that this was opened by, for messages
     words: cli.SourceWords = cli.SETTINGS
+    # data.labels: "folder", "none", the path of a file, or "auto" = what the data themselves say
+    labels_from: str = AUTO
     root: Path | None = None  # the folder or file of the data, if there is one
     resolution: int  # side of the images, in pixels
+    conversion: Conversion = PLAIN  # how files become pixels; of packed data, how they did
     classes: Sequence[str]  # names of the classes, in the order of the labels
     # (N,) int64, if the labels are known without reading the images; set it if you can: cached
     # latents then need no image, and packing reads each image once.
@@ -180,18 +186,44 @@ class Source(ABC):
         another without decoding it. None if the source holds pixels."""
         return None
 
+    def hash_files(self) -> Sequence[str] | None:
+        """What stands for the encoded images in the fingerprint: sha256 of each of the `files`."""
+        files = self.files()
+        return None if files is None else file_sha256s(files, unreadable="unreadable")
+
     def fingerprint(self) -> str:
-        """What tells these images from others, in their order: sha256 of resolution, crop, keys and
-        bytes of the files where the images are encoded, else of the pixels (`hash_images`). It is
-        true of what is there now; files that stay the same are read once (content.py)."""
-        size, files = (self.resolution, self.resolution), self.files()
-        if files is not None:
+        """What tells these images from others, in their order: sha256 of resolution, crop and
+        conversion, keys and bytes of the files where the images are encoded, else of the pixels
+        (`hash_images`). It is true of what is there now; files that stay the same are read once
+        (content.py)."""
+        size, hashes = (self.resolution, self.resolution), self.hash_files()
+        if hashes is not None:
             keys = (self.key(i) for i in range(len(self)))
-            hashes = file_sha256s(files, unreadable="unreadable")
-            return hash_lines([f"{size}", CROP_VERSION, *keys, *hashes])
+            # the first version: runs that began then go on
+            crop = f"{FIRST_CROP} {self.conversion.describe()}".rstrip()
+            return hash_lines([f"{size}", crop, *keys, *hashes])
         starts = range(0, len(self), HASHED)
         batches = (self.read_batch(range(k, min(k + HASHED, len(self))))[0][0] for k in starts)
         return hash_images(size, (x_u8.permute(0, 2, 3, 1).numpy() for x_u8 in batches))
+
+
+class EncodedSource(Source):
+    """A source of image files, wherever they lie, which are converted when they are read."""
+
+    labels: np.ndarray
+    takes_labels = True
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        file, where = self.encoded(i), self.where(i)
+        return read_image(file, where, self.resolution, self.conversion), int(self.labels[i])
+
+    @abstractmethod
+    def encoded(self, i: int) -> Path | BinaryIO:
+        """The file of image i; `ImageFileError` if it is not there or damaged."""
+
+    @abstractmethod
+    def where(self, i: int) -> str:
+        """How messages call image i."""
 
 
 def collate(items: Sequence[tuple], empty: Allocator = torch.empty) -> list[Tensor]:
@@ -211,76 +243,23 @@ def describe(source: Source) -> str:
     return f"{len(source):,} images of {classes}: {', '.join(names)}{more}"
 
 
+def notes_on_pictures(source: Source) -> list[str]:
+    """What should be known of the files that hold the images, as far as some of them tell."""
+    if source.files() is None or not source.random_access:
+        return []
+    return oddities.sample(source.__getitem__, len(source), source.conversion)
+
+
 def cautions(source: Source) -> list[str]:
-    """Sentences to be said as warnings at the start: the notes, and a word on a single class."""
-    notes = list(source.notes)
+    """Sentences to be said as warnings at the start: the notes, what some pictures tell, and a word
+    on a single class."""
+    notes = [*source.notes, *notes_on_pictures(source)]
     if source.num_classes == 1:
         notes.append(
             "all images are one class: guidance does next to nothing; if there should be more, "
             "give the folder that holds the class folders"
         )
     return notes
-
-
-# --------------------------------------------------------------------------------------
-# Class numbers.
-
-
-def number_classes(
-    labels: np.ndarray, names: Sequence[str] | None, where: object
-) -> tuple[np.ndarray, list[str], list[str]]:
-    """Labels (N,) int64 as class numbers 0, 1, ... without a gap, the names of these classes, and
-    notes for `Source.notes`: a class without an image would be sampled but never trained.
-
-    `names`: of label 0, 1, ...; None = the labels are the names. `where`: their file. `UserError`
-    for a label that is out of range.
-    """
-    end = MOST_CLASSES if names is None else len(names)
-    wrong = labels[(labels < 0) | (labels >= end)]
-    if len(wrong):
-        text = f"{where} holds the label {wrong[0]}: expected 0 .. {end - 1}"
-        raise UserError(f"{text}; correct the labels")
-    used = np.unique(labels)
-    classes = [str(label) if names is None else str(names[label]) for label in used.tolist()]
-    if len(set(classes)) < len(classes):
-        double = next(name for name in classes if classes.count(name) > 1)
-        raise UserError(f"{where}: two classes are called {printable(double)}; rename one")
-    if len(used) == (int(used[-1]) + 1 if names is None else end):
-        return labels, classes, []
-    without = next(label for label, found in enumerate([*used.tolist(), -1]) if label != found)
-    note = (
-        f"{where}: no image has the label {without}; the {len(used)} labels in use, {used[0]} .. "
-        f"{used[-1]}, are numbered 0 .. {len(used) - 1} in their order"
-    )
-    return np.searchsorted(used, labels), classes, [note]
-
-
-def read_labels(path: Path, names: Sequence[str]) -> np.ndarray:
-    """(N,) int64: the label of each image in `names`, from a dataset.json {"labels": [[name,
-    label], ...]}; zeros for {"labels": null}. `UserError` if one is missing or is no class."""
-    record = read_json(path, "repair or remove it")
-    if not isinstance(record, dict) or "labels" not in record:
-        raise UserError(f'{path} holds no "labels": expected {{"labels": [[name, label], ...]}}')
-    pairs, by_name = record["labels"], {}
-    if pairs is None:
-        return np.zeros(len(names), dtype=np.int64)
-    for i, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
-        if not (isinstance(pair, list) and [*map(type, pair)] == [str, int]):
-            text = f"{path}: labels[{i}]={str(pair)[:60]}: expected [name, label], the label a"
-            raise UserError(f"{text} whole number; correct it")
-        name, label = pair[0].replace("\\", "/"), pair[1]
-        if not 0 <= label < MOST_CLASSES:
-            text = f"{path}: label {str(label)[:30]} of {printable(name)}: expected"
-            raise UserError(f"{text} 0 .. {MOST_CLASSES - 1}; correct it")
-        if by_name.setdefault(name, label) != label:
-            text = f"{path} holds two labels of {printable(name)}, {by_name[name]} and {label}"
-            raise UserError(f"{text}; correct it")
-    missing = [name for name in names if name.replace("\\", "/") not in by_name]
-    if missing:
-        text = f"{path} has no label for {printable(missing[0])} ({len(missing)} such of"
-        text = f"{text} {len(names)} images)"
-        raise UserError(f"{text}; complete it, or set labels to null for one class")
-    return np.array([by_name[name.replace("\\", "/")] for name in names], dtype=np.int64)
 
 
 # --------------------------------------------------------------------------------------

@@ -17,11 +17,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from models.checks.errors import UserError
+from utils.data.decoding.conversion import Conversion
+from utils.data.decoding.formats import read_formats, why_unidentified
+from utils.data.decoding.pixels import to_rgb
 
-CROP_VERSION = "adm-center-crop-1"  # written into packed data; change it with `center_crop`
-# What is read, whatever a file's name ends in. Of Pillow's other formats, some start a program
-# (EPS starts Ghostscript), and many are read by code that few have tested.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+# Written into packed data; change it with `center_crop` and `to_rgb`. The first version dropped
+# alpha, as ADM does, so that transparent pictures have other pixels in it, and no others have.
+CROP_VERSION, FIRST_CROP = "adm-center-crop-2", "adm-center-crop-1"
+READ_CROPS = (FIRST_CROP, CROP_VERSION)
 # Of one image as it is stored, and as it is resized before the crop: 256 MiB of RGB. Pillow warns
 # from this number on, and refuses only twice as many.
 MAX_PIXELS = 89_478_485
@@ -54,18 +57,11 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode => RGB. Alpha is dropped, as ADM does; 16-bit grey keeps its upper 8 bits."""
-    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255: a white image
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info:  # via RGBA: the same colours, without a warning per image
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")  # it would be copied
-
-
-def read_image(file: Path | BinaryIO, where: str, resolution: int) -> torch.Tensor:
-    """Decode, convert to RGB, centre-crop: (3, resolution, resolution) uint8. The orientation in
-    EXIF data is ignored, as ADM does; of an animation the first picture is taken.
+def read_image(
+    file: Path | BinaryIO, where: str, resolution: int, conversion: Conversion
+) -> torch.Tensor:
+    """Decode, convert to RGB, centre-crop: (3, resolution, resolution) uint8. Of an animation, or a
+    file of many pages, the first picture is taken.
 
     `UnreadableImageError` if the content is bad, plain `ImageFileError` if the file system fails.
     """
@@ -74,7 +70,7 @@ def read_image(file: Path | BinaryIO, where: str, resolution: int) -> torch.Tens
         if max(short, resolution) * long * max(1, resolution / short) > MAX_PIXELS:
             sides = f"{image.width} x {image.height}, too narrow to be resized to {resolution} px"
             raise ValueError(f"{sides} (at most {MAX_PIXELS:,} pixels)")
-        return array_to_u8(center_crop(to_rgb(image), resolution))
+        return array_to_u8(center_crop(to_rgb(image, conversion), resolution))
 
 
 @contextmanager
@@ -86,7 +82,7 @@ def open_image(file: Path | BinaryIO, where: str) -> Iterator[Image.Image]:
         with (
             warnings.catch_warnings(action="ignore"),
             _stream(file) as stream,
-            Image.open(stream, formats=IMAGE_FORMATS) as image,
+            _identified(stream) as image,
         ):
             if image.width * image.height > MAX_PIXELS:
                 sides = f"{image.width} x {image.height} pixels"
@@ -99,15 +95,19 @@ def open_image(file: Path | BinaryIO, where: str) -> Iterator[Image.Image]:
             reason = error.strerror or str(error)
             text = f"cannot read {where}: {reason}; repair or remove it"
             raise ImageFileError(text, reason) from error
-        if isinstance(error, UnidentifiedImageError):  # its text holds a memory address
-            reason, hint = "not an image", f" ({', '.join(IMAGE_FORMATS)})"
-        else:
-            plain = isinstance(error, OSError | ValueError | Image.DecompressionBombError)
-            reason = str(error) if plain and str(error) else f"{type(error).__name__}: {error}"
-            hint = ""
-        text = f"cannot decode {where}: {reason}{hint}; replace or remove it, or pack the data"
+        plain = isinstance(error, OSError | ValueError | Image.DecompressionBombError)
+        reason = str(error) if plain and str(error) else f"{type(error).__name__}: {error}"
+        text = f"cannot decode {where}: {reason}; replace or remove it, or pack the data"
         text += " (scripts/prepare_data.py skips such files)"
         raise UnreadableImageError(text, reason) from error
+
+
+def _identified(stream: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(stream, formats=read_formats())
+    except UnidentifiedImageError:  # its text holds a memory address
+        stream.seek(0)
+        raise ValueError(why_unidentified(stream.read(1024))) from None
 
 
 @contextmanager

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.checks.errors import UserError
-from models.checks.file_kinds import what_is
+from models.checks.errors import UserError, printable
+from models.checks.file_kinds import INDEX, what_is
 from models.checks.values import RecordError
 from models.encoders import encoder_weight_file
 from models.vae import VAE
-from utils.data.base import Allocator, Source, printable
+from models.weights.reading import shards_of
+from utils.data.base import Allocator, Source
 from utils.data.content import THREADS
-from utils.data.images import CROP_VERSION, ImageFileError
+from utils.data.images import CROP_VERSION, READ_CROPS, ImageFileError
 from utils.data.sharded import (
     META,
     ShardedRows,
@@ -106,13 +107,17 @@ def checksum(x_u8: Tensor) -> int:
 
 
 def weights_id(encoder: str, file: str | None) -> str:
-    """What tells an encoder's weight file from another: its sha256, `published`, or `random`."""
+    """What tells an encoder's weight file from another: its sha256 (of
+    shards, one of their hashes), `published`, or `random`."""
     if file is None or file == "random":
         return file or "published"
-    found = encoder_weight_file(encoder, file)
-    path = found.find() if found else None
+    file_of = encoder_weight_file(encoder, file)
+    path = file_of.find() if file_of else None
     assert path is not None, "a file that is named is there, or an error"
-    return sha256_file(path)
+    if what_is(path) != INDEX:
+        return sha256_file(path)
+    shards = "".join(map(sha256_file, shards_of(path)))
+    return hashlib.sha256(shards.encode()).hexdigest()
 
 
 def weights_digest(net: nn.Module) -> str:
@@ -138,8 +143,9 @@ class LatentCache:
         other = "expected a folder that scripts/cache_latents.py wrote, finished"
         remedy = remedy_for_meta(self.folder, CACHE_FORMAT, again, other)
         self.meta = meta = load_record(self.folder / META, CacheMeta, remedy)
-        for name, wanted in (("format", CACHE_FORMAT), ("crop_version", CROP_VERSION)):
-            self._expect(name, getattr(meta, name), wanted)
+        self._expect("format", meta.format, CACHE_FORMAT)
+        if meta.crop_version not in READ_CROPS:
+            self._expect("crop_version", meta.crop_version, CROP_VERSION)
         self._rows: dict[str, ShardedRows] = {}
         open_files = max(1, OPEN_FILES // (1 + len(meta.encoders)))
         for array, row in cache_rows(asdict(meta)).items():

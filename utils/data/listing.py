@@ -1,29 +1,28 @@
-"""What a folder of pictures holds: one rule for training, for evaluation, and for all that looks
-into such a folder. Imports no torch.
+"""What a folder of pictures holds, or an archive: one rule for training, for evaluation, and for
+all that looks into them. Imports no torch.
 
-Names that begin with a dot are hidden, files and folders. Links to folders are followed; one back
-to a folder above it ends there, and of several ways to a folder below one class the first counts.
-What is no image by its name, or no file (a broken link, a FIFO, a socket), is ignored, counted, and
-said in `Listing.ignored_line`.
+Names that begin with a dot are hidden, files and folders, and so is `SYSTEM`. Links to folders are
+followed; one back to a folder above it ends there, and of several ways to a folder below one class
+the first counts. What is no image by its name, or no file (a broken link, a FIFO, a socket), is
+ignored, counted, and said in `Listing.ignored_line`.
 """
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from models.checks.errors import UserError
+from models.checks.errors import UserError, printable
 from models.checks.file_kinds import what_is
+from utils.data.decoding.formats import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, is_read, why_missing
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# Pictures of these kinds are ignored, and their users told what to do.
-UNREAD_EXTENSIONS = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".ppm")
 LABELS = "dataset.json"  # in the folder itself: the labels of EDM's and REPA's tools, a known file
 MOST_KINDS = 8  # of ignored things that are named in a line
+SYSTEM = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"}  # of macOS, Synology and Windows
 NUMBERS = re.compile(r"([0-9]+)")
 IGNORED = "ignored: "  # how that line begins
 
@@ -40,9 +39,9 @@ class Ignored(NamedTuple):
 
 @dataclass
 class Listing:
-    """The images of a folder as paths below `root`, with forward slashes: `flat` in the folder
-    itself, `per_class` below each visible folder in it. The folders are in natural order, the paths
-    of each list sorted as texts: the order of training."""
+    """The images of a folder or archive as paths below `root`, with forward slashes: `flat` in the
+    root itself, `per_class` below each visible folder in it. The folders are in natural order, the
+    paths of each list sorted as texts: the order of training."""
 
     root: Path
     flat: list[str] = field(default_factory=list)
@@ -66,10 +65,12 @@ class Listing:
         """What to do about the pictures below a folder of the root, or below the root, that are of
         no kind that is read; "" if there are none."""
         inside = f"{folder}/" if folder else ""
-        paths = [path for kind, path in self.ignored if kind in UNREAD_EXTENSIONS]
-        found = [path for path in paths if path.startswith(inside)]
-        first = printable(min(found, default=""))
-        return f"convert its {len(found)} other pictures to PNG (first {first})" if found else ""
+        found = [each for each in self.ignored if each.path.startswith(inside)]
+        if missing := why_missing(each.kind for each in found):
+            return missing
+        paths = [path for kind, path in found if kind in UNREAD_EXTENSIONS]
+        first = printable(min(paths, default=""))
+        return f"convert its {len(paths)} other pictures to PNG (first {first})" if paths else ""
 
     def ignored_line(self) -> str:
         """What was passed over, by kind, the most frequent first; "" if nothing was."""
@@ -80,7 +81,9 @@ class Listing:
         if others := sum(n for _, n in counts[MOST_KINDS:]):
             parts.append(f"{others} others")
         first = min(path for kind, path in self.ignored if kind == counts[0][0])
-        return printable(f"{IGNORED}{', '.join(parts)} below {self.root} (first {first})")
+        line = f"{IGNORED}{', '.join(parts)} below {self.root} (first {first})"
+        missing = why_missing(kind for kind, _ in counts)
+        return printable(f"{line}; {missing}" if missing else line)
 
 
 def list_images(root: Path) -> Listing:
@@ -88,6 +91,27 @@ def list_images(root: Path) -> Listing:
     found = Listing(root)
     for top, images in _walk(root, found.ignored):
         (found.per_class.setdefault(top, []) if top else found.flat).extend(images)
+    for images in (found.flat, *found.per_class.values()):
+        images.sort()
+    return found
+
+
+def list_names(root: Path, names: Iterable[str]) -> Listing:
+    """All images of an archive, by the names in it; those that end in a slash are folders."""
+    found, hidden = Listing(root), set()
+    for name in names:
+        *folders, last = name.split("/")
+        visible = list(takewhile(lambda folder: not _is_hidden(folder), folders))
+        if len(visible) < len(folders):
+            hidden.add("/".join(folders[: len(visible) + 1]))
+            continue
+        images = found.per_class.setdefault(folders[0], []) if folders else found.flat
+        if not (kind := HIDDEN_FILE if _is_hidden(last) else _kind_of(last)):
+            images.append(name)
+        elif last and name != LABELS:
+            found.ignored.append(Ignored(kind, name))
+    found.ignored += (Ignored(HIDDEN_FOLDER, folder) for folder in sorted(hidden))
+    found.per_class = dict(sorted(found.per_class.items(), key=lambda item: natural_key(item[0])))
     for images in (found.flat, *found.per_class.values()):
         images.sort()
     return found
@@ -136,7 +160,7 @@ def _scan(root: Path, folder: str, ignored: list[Ignored]) -> tuple[list[str], l
     for entry in entries:
         path = f"{folder}/{entry.name}" if folder else entry.name
         is_folder = _is_folder(entry)
-        if entry.name.startswith("."):
+        if _is_hidden(entry.name):
             ignored.append(Ignored(HIDDEN_FOLDER if is_folder else HIDDEN_FILE, path))
         elif is_folder:
             folders.append(path)
@@ -152,11 +176,19 @@ def _why_ignored(entry: os.DirEntry) -> str:
     if not _is_file(entry):
         link = entry.is_symlink() and not os.path.exists(entry.path)
         return "broken link{}" if link else f"{what_is(entry.path).split(' ', 1)[-1]}{{}}"
-    if is_image_name(entry.name):
-        return ""
-    ending = os.path.splitext(entry.name)[1].lower()
+    return _kind_of(entry.name)
+
+
+def _kind_of(name: str) -> str:
+    """The kind of a file that is no image by its name; "" for an image."""
+    ending = os.path.splitext(name)[1].lower()
     # braces in a name would be read as a place for the plural
-    return ending.translate({ord("{"): "(", ord("}"): ")"}) or NO_ENDING
+    return "" if is_read(ending) else ending.translate({ord("{"): "(", ord("}"): ")"}) or NO_ENDING
+
+
+def _is_hidden(name: str) -> bool:
+    """Also the folders that systems add, of metadata, thumbnails and what was deleted."""
+    return name.startswith(".") or name in SYSTEM
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -191,9 +223,4 @@ def natural_key(name: str) -> tuple:
 def is_image_name(name: str) -> bool:
     """Whether a file is an image by its name, or its path."""
     name = name.rsplit("/", 1)[-1]
-    return not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
-
-
-def printable(name: str) -> str:
-    """A name that may hold line breaks or bytes that are no UTF-8, as it can be printed."""
-    return name if name.isprintable() else ascii(name)[1:-1]
+    return not _is_hidden(name) and not _kind_of(name)

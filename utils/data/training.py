@@ -7,6 +7,8 @@ from accelerate import Accelerator
 from models.checks.errors import UserError
 from utils.config.schema import Config
 from utils.data.base import BadImages, Source
+from utils.data.decoding.conversion import Conversion
+from utils.data.labels import ONE_CLASS
 from utils.data.latents import CachedSource, LatentCache
 from utils.data.registry import open_source
 from utils.data.sampling import Loader, StepSampler, make_loader
@@ -16,7 +18,13 @@ def open_training_data(config: Config) -> Source:
     """The source that the config names; `UserError` if its classes are not the expected ones. Where
     an image cannot be read, another one takes its place, as `data.max_bad_images` says."""
     d = config.data
-    source = open_source(d.source, d.path, d.resolution, d.split)
+    how = Conversion.asked(d.exif, d.depth_range)
+    source = open_source(
+        d.source, d.path, d.resolution, d.split, conversion=how, labels=d.labels or ONE_CLASS
+    )
+    if not source.random_access:
+        text = f"data.source={d.source} is read in its order only"
+        raise UserError(f"{text}; pack it: python scripts/prepare_data.py {d.path} OUT")
     if d.num_classes not in (None, source.num_classes):
         text = f"data.num_classes={d.num_classes}, but the data has {source.num_classes}"
         raise UserError(f"{text}: correct it, or set data.num_classes=null")

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from models.checks.errors import UserError
 from utils.config.schema import Config
-from utils.data.base import Source, cautions, describe
+from utils.data.base import EncodedSource, Source, cautions, describe
 from utils.data.images import open_image
 from utils.data.latents import CachedSource
-from utils.data.sources.folder import FolderSource
 from utils.data.training import join_cache
 from utils.doctor.findings import Finding, check, fail, ok, warn
 from utils.training.plan import open_data
@@ -53,9 +52,8 @@ def check_images(source: Source | None) -> Iterator[Finding]:
     for i in chosen:
         try:
             source[i]
-            if isinstance(source, FolderSource):  # other sources hold images cut to size
-                path = source.root / source.key(i)
-                with open_image(path, str(path)) as image:
+            if isinstance(source, EncodedSource):  # other sources hold images cut to size
+                with open_image(source.encoded(i), source.where(i)) as image:
                     sides.append(min(image.size))
         except UserError as error:
             problems.append(error)

@@ -2,14 +2,15 @@
 
 from collections.abc import Generator, Iterator
 
-from models.vae import VAES, vae_weight_file
+from models.autoencoders.names import published_vae
+from models.vae import vae_weight_file
 from utils.config.schema import Config, per_rank_batch
 from utils.data.base import Source
 from utils.doctor.findings import Finding, check, ok, warn
 from utils.showing.summary import parameters
 from utils.training.networks import Networks
 from utils.training.nonfinite import ema_warning
-from utils.training.plan import Start, check_networks, require_fit
+from utils.training.plan import Start, check_networks
 
 PUBLISHED_BATCH = 256  # images of one step in all of the paper's runs
 
@@ -49,14 +50,14 @@ def check_tokens(
 ) -> Generator[Finding, None, Networks | None]:
     """Latents, patches and encoder features meet, and the checkpoint that the run begins with fits;
     returns the networks on the meta device."""
-    origin = found and found.origin
-    file = None if origin or c.vae.name in VAES else vae_weight_file(c.vae.name, "hub")
+    start = found or Start(None, 0, None)
+    known = start.checkpoint or published_vae(c.vae.name)
+    file = None if known else vae_weight_file(c.vae.name, "hub")
     if file and file.find() is None:
         yield warn(f"unknown: config.json of {c.vae.name} is not here, and not downloaded for this")
         return None
-    nets = check_networks(c, source, origin)
-    if found and origin:
-        require_fit(nets, origin, resume=found.checkpoint is not None)
+    nets, inherited = check_networks(c, source, start, read_all=False)
+    yield from map(warn, inherited.notes if inherited else [])
     latents = "x".join(map(str, nets.vae.latent_shape(c.data.resolution)))
     sizes = parameters(nets.vae, nets.sit, nets.disc)
     aligned = f", aligned with {', '.join(c.encoder.names)}" if c.uses_encoder else ""

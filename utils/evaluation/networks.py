@@ -26,15 +26,19 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from models.backbones import loading
+from models.backbones.files import weights_in
+from models.backbones.layouts import KNOWN, PREFER, to_timm
+from models.backbones.table import EncoderSpec
 from models.checks.errors import UserError, short
 from models.checks.file_kinds import SAFETENSORS, what_is
 from models.weights.loading import load_strictly, require_finite, require_match
 from models.weights.published import WeightFile
 from models.weights.reading import read_state
+from utils.data.latents import weights_id
 from utils.distributed import Ranks
 from utils.evaluation.images.reader import Prepare, upload
 from utils.evaluation.options import PUBLISHED, Options, parse_features
-from utils.files import sha256_file
 from utils.precision import exact_float32
 from utils.records import number, parse_record
 
@@ -125,7 +129,9 @@ def load_inception(path: Path) -> Any:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     # torch-fidelity unpickles the file it is given; it gets a copy that holds tensors alone
-    torch.save(state := read_state(path), tensors := io.BytesIO())
+    keys = ("Conv2d_1a_3x3.conv.weight", "fc.weight")
+    state = read_state(path, known=(keys,), what="Inception")
+    torch.save(state, tensors := io.BytesIO())
     tensors.seek(0)
     try:
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], tensors)
@@ -183,8 +189,8 @@ def hub_pos_embed(pos: torch.Tensor, grid: int) -> torch.Tensor:
 def _dinov2(path: Path, sha256: str, device: torch.device, name="vit_large_patch14_dinov2"):
     import timm
 
-    state = read_state(path)
     net = timm.create_model(name, pretrained=False, img_size=224, num_classes=0)
+    state = to_timm(read_state(path, known=KNOWN, prefer=PREFER, what="DINOv2"), net)
     state.pop("mask_token", None)  # used in pre-training only
     pos_embed = state.get("pos_embed")
     if pos_embed is not None and pos_embed.shape == (1, 1 + 37 * 37, net.embed_dim):
@@ -202,15 +208,13 @@ def _timm(name: str, checkpoint: str | None, download: bool, device: torch.devic
     import timm
 
     path = _timm_weight_file(name, checkpoint, download).fetch(download)
+    spec = EncoderSpec(name, mean=(), std=())  # timm's are taken
     try:
-        net: Any = timm.create_model(name, pretrained=False, num_classes=0)
+        like = loading.network_on_meta(spec)
     except RuntimeError as error:  # a tag that the network does not have
         raise UserError(f"--features timm:{name}: {short(error)}") from None
-    heads = net.pretrained_cfg.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    state = {k: v for k, v in read_state(path).items() if k.rpartition(".")[0] not in heads}
-    load_strictly(net, state, path, f"timm's {name}")
-    sha256, size = sha256_file(path), _input_size(net, path)
+    net = loading.load_network(spec, path, like, f"timm's {name}")
+    sha256, size = weights_id(f"timm:{name}", str(path)), _input_size(net, path)
     mean, std = (torch.tensor(net.pretrained_cfg[key]).tolist() for key in ("mean", "std"))
     facts = {"network": f"{name} (timm {timm.__version__})", "weights_sha256": sha256,
              "resize": f"bicubic to {size}, antialiased if smaller" if size else "none",
@@ -231,7 +235,8 @@ def _timm_weight_file(name: str, checkpoint: str | None, download: bool) -> Weig
         raise UserError(f"--features timm:{name}: timm has no {name!r}; {hint}")
     setting = f"--features timm:{name}@{{}}"
     if checkpoint:
-        return WeightFile(f"weights of timm's {name}", path=Path(checkpoint), setting=setting)
+        path = weights_in(Path(checkpoint))
+        return WeightFile(f"weights of timm's {name}", path=path, setting=setting)
     published = timm.get_pretrained_cfg(name)
     if not published or not published.hf_hub_id:
         raise UserError(f"timm:{name} has no published weights: give timm:{name}@CKPT")

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from models.checks.errors import UserError, short
+from models.checks.errors import UserError, printable, short
 from models.checks.file_kinds import what_is
 from models.weights.loading import load_strictly
 from models.weights.reading import read_state
-from utils.data.base import Source, printable
+from utils.data.base import Source
 from utils.data.images import pm1_to_01, u8_to_pm1
 from utils.data.registry import open_source
 from utils.evaluation.networks import read_classifier_facts

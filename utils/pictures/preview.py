@@ -11,9 +11,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from models.checks.errors import printable
 from utils.checkpoint import is_step
 from utils.config.schema import Config
-from utils.data.base import Source, printable
+from utils.data.base import Source
 from utils.data.images import pm1_to_u8, u8_to_pm1
 from utils.pictures.grid import Row, draw_rows
 from utils.pictures.pca import fit_basis, to_rows

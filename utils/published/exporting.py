@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from models.autoencoders.names import published_vae
 from models.checks.errors import UserError, short
 from models.checks.file_kinds import what_is
 from models.vae import load_vae
@@ -36,7 +37,8 @@ def export_vae(
 ) -> str:
     """Write the folder `out`: VAE, latent statistics, discriminator if there is one, model card.
 
-    checkpoint: a checkpoint directory, a run, a diffusers folder, or a hub id: see `locate_vae`.
+    checkpoint: a checkpoint directory, a run, a diffusers folder, or a hub id (see `locate_vae`), a
+    short name, or a weight file with a VAE in it.
     images: measure the statistics on `num_images` of these, in the order of `seed`; None = take
     those in the VAE's config. `images_name` names them in the card.
     evaluation: a record of `evaluate_fid.py --vae`. title: of the card; None = the name of `out`.
@@ -44,8 +46,10 @@ def export_vae(
     behind, if the checkpoint is not whole or has no statistics.
     """
     require_new_folder(out)
-    checkpoint = locate_vae(checkpoint)
-    state = read_checkpoint_state(checkpoint)
+    state = {}
+    if not (published_vae(checkpoint) or os.path.isfile(checkpoint)):
+        checkpoint = locate_vae(checkpoint)
+        state = read_checkpoint_state(checkpoint)
     vae = load_vae(str(checkpoint)).eval().requires_grad_(False)
     record = read_evaluation(evaluation) if evaluation else None
     if images is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from models.autoencoders.families import VAES
+from models.autoencoders.names import published_vae
 from models.checks.errors import UserError
 from models.checks.file_kinds import read_json
 from models.vae import VAE
@@ -113,7 +113,7 @@ def licence_of(state: dict, settings: dict) -> dict[str, str]:
     """What `front` matter and `licence`, a sentence, say of where the VAE comes from; arguments as
     in `make_card`."""
     known = (state.get("config") or {}) | settings
-    row = VAES.get(str(known.get("vae.name")))
+    row = published_vae(known.get("vae.name"))
     weights, other = known.get("vae.weights"), known.get("run.init_from")
     if row is None or other or state.get("imported"):
         text = "What its weights go back to is not recorded here: the licence of that applies."

@@ -1,4 +1,4 @@
-"""A VAE, SiT or discriminator from a published state dict.
+"""A SiT or discriminator from a published state dict.
 
 The names and shapes of the tensors say what the network is; settings of the training run are used
 only for what shapes do not show. Weights load strictly, as float32.
@@ -8,55 +8,25 @@ Shapes: C latent channels, D width.
 
 import math
 import re
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from models.autoencoders.families import VAES
-from models.autoencoders.layouts import infer_config, to_diffusers
 from models.checks.errors import UserError, short
 from models.discriminator import PatchGAN
 from models.sit import SiT
 from models.sizes import SIZES
-from models.vae import VAE, build_vae, vae_from_config
 from models.weights.loading import load_strictly, require_match
 from utils.published.files import State
 
 NUM_HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 Q_NORM = "blocks.0.attn.q_norm.weight"
-# LightningDiT's VA-VAE files hold the network that its autoencoder was aligned with, too
-VAE_EXTRAS = ("foundation_model.", "linear_proj.")
-
-
-def vae_from_state(state: State, origin) -> VAE:
-    """The VAE that holds these weights, whatever key names it was saved with."""
-    state = {k: v for k, v in to_diffusers(state).items() if not k.startswith(VAE_EXTRAS)}
-    shapes = {key: value.shape for key, value in state.items()}
-    # the table goes first: it also has the number of norm groups, which shapes do not show
-    names = {row.architecture: name for name, row in VAES.items()}.values()
-    known = next((name for name in names if tensor_shapes_of(name) == shapes), None)
-    config = {} if known else infer_config(state, origin)
-    with torch.device("meta"):
-        try:
-            vae = build_vae(known) if known else vae_from_config(config, origin)
-        # e.g. channels that do not divide into norm groups, or none
-        except (ArithmeticError, RuntimeError, ValueError) as error:
-            raise UserError(f"{origin} has shapes of no AutoencoderKL ({error})") from None
-    _fill(vae.net, state, origin, "the VAE that its shapes describe")
-    return vae.eval()
 
 
 def _fill(net: nn.Module, state: State, origin, what: str) -> None:
     """Give a network on the meta device memory, once all fits, and the weights `state`."""
     require_match(net.state_dict(), state, origin, what)
     load_strictly(net.to_empty(device="cpu"), state, origin, what)
-
-
-@cache
-def tensor_shapes_of(name: str) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {key: value.shape for key, value in build_vae(name).net.state_dict().items()}
 
 
 def discriminator_from_state(state: State, origin) -> PatchGAN:
@@ -102,7 +72,9 @@ def sit_config(state: State, args: dict, num_heads: int | None, origin) -> dict:
     """
     width, channels, patch, _ = tensor_shape(state, "x_embedder.proj.weight", origin, 4)
     tokens = tensor_shape(state, "pos_embed", origin, 3)[1]
-    rows = tensor_shape(state, "y_embedder.embedding_table.weight", origin, 2)[0]
+    rows, across = tensor_shape(state, "y_embedder.embedding_table.weight", origin, 2)
+    if across != width and rows == width:
+        raise UserError(f"{origin} has the label table of a MaskDiT, ({rows}, {across}): no SiT")
     hidden = tensor_shape(state, "blocks.0.mlp.fc1.weight", origin, 2)[0]
     classes = setting(args, "num_classes", max(rows - 1, 1))
     if rows - classes not in (0, 1):

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from loss.interpolant import PATHS
-from models.checks.errors import UserError
+from models.checks.errors import UserError, printable
 from models.sit import SiT, load_sit, read_sit_config
 from models.vae import VAE, build_vae, load_vae
 from utils.checkpoint import SIT_EMA, VAE_FOLDER
 from utils.compilation import compile_network
-from utils.data.base import printable
 from utils.files import files_below, sha256_file
 from utils.precision import (
     DTYPES,
@@ -78,6 +77,9 @@ def open_checkpoint(
     `settings` and `classes` ask for."""
     require_checkpoint(folder)
     state = read_state_json(folder) if os.path.lexists(folder / STATE) else CheckpointState()
+    if (state.source or {}).get("predicts"):
+        why = "was imported from a DiT, which predicts noise, not velocity"
+        raise UserError(f"{folder} {why}: it can start a run (run.init_from), not be sampled")
     weights = hash_weights(folder, state)
     sit = read_sit_config(folder / SIT_EMA)
     if settings.cfg_scale != 1 and not sit["class_dropout_prob"]:

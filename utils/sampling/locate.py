@@ -10,18 +10,23 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from models.autoencoders.families import VAES
+from models.autoencoders.names import published_vae
 from models.checks.errors import UserError, short
 from models.checks.file_kinds import what_is
 from models.weights.configs import CONFIG, WEIGHTS
-from utils.checkpoint import DISCRIMINATOR, SIT_EMA, VAE_FOLDER, Checkpoints
+from utils.checkpoint import (
+    DISCRIMINATOR,
+    SIT_EMA,
+    VAE_FOLDER,
+    Checkpoints,
+    newest_of,
+)
 from utils.config.load import CONFIG_FILE
 from utils.files import expand_path, files_below, format_bytes
-from utils.sealed import MODEL_INDEX, STATE
+from utils.sealed import EXAMPLE, MODEL_INDEX, STATE, name_instead
 
 WAIT = "it is a run that has saved no checkpoint yet: wait for one, or name another run"
 LISTED = "Their files are there. What is in them is checked when one of them is taken."
-EXAMPLE = "a run, or a checkpoint of one like exps/NAME/checkpoints/0400000"
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([^@\s]+))?", re.ASCII)
 
 
@@ -42,7 +47,7 @@ def locate_vae(given: str | Path) -> Path:
 def locate_vae_spec(spec: str) -> str:
     """`locate_vae` for what `models.vae.load_vae` takes: a run's folder, and OWNER/NAME@REVISION,
     as the folder that is meant; anything else as it is."""
-    known = spec in VAES or (what_is(spec) != "a folder" and "@" not in spec)
+    known = published_vae(spec) or (what_is(spec) != "a folder" and "@" not in spec)
     return spec if known else str(locate_vae(spec))
 
 
@@ -69,7 +74,7 @@ def require_checkpoint(folder: Path) -> None:
     """`UserError` unless `folder` can be a checkpoint that is sampled from."""
     if (found := what_is(folder)) != "a folder":
         found = "no such folder" if found == "absent" else f"it is {found}"
-        raise UserError(f"checkpoint {folder}: {found}; name {EXAMPLE}")
+        raise UserError(f"checkpoint {folder}: {found}; {name_instead(folder, SIT_EMA)}")
     missing = [n for n in (SIT_EMA, VAE_FOLDER) if not (folder / n / CONFIG).is_file()]
     if not missing:
         return
@@ -82,15 +87,11 @@ def require_checkpoint(folder: Path) -> None:
 
 def _what_else(folder: Path) -> str:
     """What a folder that is no checkpoint is instead, and what to name."""
-    if (folder / CONFIG).is_file() and folder.name in (SIT_EMA, VAE_FOLDER):
-        return f"name the folder around it, {folder.parent}"
-    if (folder / CONFIG).is_file() or (folder / VAE_FOLDER / CONFIG).is_file():
-        return f"it is a VAE alone; name {EXAMPLE}"
     if (folder / CONFIG_FILE).is_file():
         return WAIT
     if runs := sorted(path.parent.name for path in folder.glob("*/checkpoints")):
         return f"name one of the runs in it: {', '.join(runs[:4])}{', ...' * (len(runs) > 4)}"
-    return f"name {EXAMPLE}"
+    return name_instead(folder, SIT_EMA)
 
 
 def _locate(given: str | Path, parts: tuple[str, ...]) -> Path:
@@ -100,14 +101,10 @@ def _locate(given: str | Path, parts: tuple[str, ...]) -> Path:
     # a wrong name in exps/ is no repository of somebody called exps
     if match and not Path(match[1]).parent.exists():
         return _download(match[1], match[2], parts)
-    run = folder.parent if folder.name == "checkpoints" else folder
-    if not (run / "checkpoints").is_dir():
-        return folder
-    newest = Checkpoints(run).latest()
-    if newest is None:
-        raise UserError(f"{run} holds no whole checkpoint yet: wait for one, or name another run")
-    print(f"{run}: taking its newest whole checkpoint, {newest}")
-    return newest
+    found = newest_of(folder)
+    if found != folder:
+        print(f"{folder}: taking its newest whole checkpoint, {found}")
+    return found
 
 
 def _download(repo: str, revision: str | None, parts: tuple[str, ...]) -> Path:

@@ -11,8 +11,8 @@ from typing import Any
 from models.weights.published import WeightFile
 from utils.config.schema import Config
 from utils.data.base import Source
-from utils.data.registry import source_class
 from utils.distributed import default_device
+from utils.evaluation.images.naming import spec_of_data
 from utils.evaluation.options import PUBLISHED, REFERENCES, Options
 from utils.precision import effective_precision
 from utils.sampling.labels import WORDNET_ID
@@ -100,5 +100,4 @@ def reference(c: Config, source: Source) -> str:
     named = sum(bool(WORDNET_ID.fullmatch(name)) for name in source.classes)
     if published and named == source.num_classes == IMAGENET_CLASSES:
         return published
-    needs_path = source_class(c.data.source).needs_path
-    return f"{c.data.source}:{c.data.path if needs_path else c.data.split}@{c.data.resolution}"
+    return spec_of_data(c.data)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
+from models.checks.errors import printable
 from models.sit import SiT
 from models.weights.loading import count
 from utils.config.schema import Config
-from utils.data.base import SHOWN_CLASSES, Source, printable
+from utils.data.base import SHOWN_CLASSES, Source
 from utils.distributed import default_device
 from utils.precision import effective_precision
 from utils.provenance import device_name

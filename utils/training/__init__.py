@@ -11,5 +11,6 @@ sessions.py           the starts of a run
 periodic.py           what happens between steps: log line, checkpoint, preview, evaluation
 online_evaluation.py  small evaluations of the EMA weights
 plan.py               whether a run can do what its settings ask for; what --dry-run prints
+starting/             how the networks of run.init_from become those of a new run
 phases.py             named ranges of the step, for profilers, counters and clocks
 """

@@ -13,7 +13,7 @@ import torch
 from loss.gan import LeCam
 from models.checks.errors import UserError
 from models.discriminator import PatchGAN
-from models.encoders import Encoder, load_encoder
+from models.encoders import Encoder, encoder_on_meta, load_encoder
 from models.lpips import (
     PerceptualNet,
     halve,
@@ -43,6 +43,7 @@ from utils.precision import (
 )
 from utils.random import generator
 from utils.training.ema import EmaUpdate, make_ema
+from utils.training.starting.inheritance import Inheritance, inherit
 from utils.training.trained_network import TrainedNetwork
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ def build_networks(
     """Networks at their start, or as `checkpoint` holds them, ready to train; and of a run that
     starts without a checkpoint the latent statistics it starts with (`initial_latent_stats`).
 
-    `run.init_from` gives a new run the weights of a checkpoint, but neither its step nor its
-    optimizers. `cache`: the cached latents that the run reads instead of running the VAE.
+    `run.init_from` gives a new run the weights of a checkpoint as far as they fit, but neither its
+    step nor its optimizers. `cache`: the latents that the run reads instead of running the VAE.
     """
     c, device = config, accelerator.device
     origin = checkpoint or (Path(c.run.init_from) if c.run.init_from else None)
@@ -112,13 +113,18 @@ def build_networks(
     if c.uses_encoder and c.encoder.cached:
         assert cache, "encoder.cached needs data.latents"
         dims = cache.encoder_dims()
-    sit = load_or_initialize_sit(c, vae, source.num_classes, dims, device, origin)
+    about, inherited = (c, vae, source.num_classes, dims, device), None
+    if origin and not checkpoint:
+        inherited = inherit(c, origin, meta_sit(*about[:4]), disc, source.classes)
+    sit = load_or_initialize_sit(*about, origin, inherited=inherited)
     stats = None
     if origin is None:
         stats = initial_latent_stats(c, vae, source, cache)
         sit.bn.set_stats(torch.tensor(stats["mean"]), torch.tensor(stats["std"]))
-    elif disc and not own_disc and not ckpt.load_discriminator_weights(disc, origin) and checkpoint:
-        raise UserError(f"{origin} has no discriminator: set loss.reg.gan=0, or a new run.name")
+    elif disc:
+        is_there = inherited is None or inherited.parts["disc"].carried
+        if is_there and not ckpt.load_discriminator_weights(disc, origin):
+            raise UserError(f"{origin} has no discriminator: set loss.reg.gan=0, or a new run.name")
     nets = Networks(vae, sit, disc, encoders=[encoder.to(device) for encoder in encoders])
     nets.lpips = lpips.to(device) if lpips else None
     nets.perceptual = perceptual.to(device) if perceptual else None
@@ -131,8 +137,10 @@ def build_networks(
         Ranks().print("run.shard_optimizer changes nothing: a single process keeps the whole state")
     if origin is None:
         nets.ema = make_ema(sit)
+    elif inherited and inherited.sit_changes:
+        nets.ema = make_ema(sit)  # what is new is the same in both
+        inherited.load_sit(nets.ema, ckpt.SIT_EMA)
     else:
-        about = (c, vae, source.num_classes, dims, device)
         nets.ema = load_or_initialize_sit(*about, origin, ckpt.SIT_EMA).eval().requires_grad_(False)
     nets.update_ema = EmaUpdate(nets.ema, sit, nets.trained["sit"].shares)
     if c.run.compile:
@@ -194,7 +202,7 @@ def load_encoders(c: Config) -> list[Encoder]:
 def uses_disc_weights(c: Config, origin: Path | None) -> bool:
     """Whether a run that begins with the checkpoint `origin` reads the file `disc.weights`: a new
     run does, also one with `run.init_from`; one that goes on has the checkpoint's."""
-    return c.disc.weights is not None and (origin is None or str(origin) == c.run.init_from)
+    return c.disc.weights is not None and (origin is None or origin == Path(c.run.init_from or ""))
 
 
 def build_disc(c: Config, weights: str | None) -> PatchGAN:
@@ -204,7 +212,9 @@ def build_disc(c: Config, weights: str | None) -> PatchGAN:
     if weights:
         what = "a discriminator's weights"
         path = WeightFile(what, path=Path(weights), setting="disc.weights={}").fetch(download=False)
-        load_strictly(disc, read_state(path), path, "the discriminator of this config")
+        what = "the discriminator of this config"
+        state = read_state(path, known=("main.0.weight",), prefer=("discriminator",), what=what)
+        load_strictly(disc, state, path, what)
     return disc
 
 
@@ -246,17 +256,25 @@ def load_or_initialize_sit(
     device: torch.device,
     origin: Path | None,
     name: str = ckpt.SIT,
+    inherited: Inheritance | None = None,
 ) -> SiT:
-    """The SiT of this config on `device`: random, or with the weights `name` (SIT or SIT_EMA) of
-    `origin`, which are then the only ones in memory."""
-    if origin is None:
-        return _seeded(c, "sit", lambda: build_sit(c, vae, num_classes, dims)).to(device)
-    with torch.device("meta"):
-        sit = build_sit(c, vae, num_classes, dims)
+    """The SiT of this config on `device`: random; or with the weights `name` (SIT or SIT_EMA) of
+    `origin`, which are then the only ones in memory; or random but for what is `inherited`."""
+    if origin is None or (inherited and inherited.sit_changes):
+        sit = _seeded(c, "sit", lambda: build_sit(c, vae, num_classes, dims)).to(device)
+        if inherited:
+            inherited.load_sit(sit, name)
+        return sit
     # memory of its own: tensors taken from the file as they are would be mapped, and not aligned
-    sit.to_empty(device=device)
+    sit = meta_sit(c, vae, num_classes, dims).to_empty(device=device)
     ckpt.load_sit_weights(sit, origin, name)
     return sit
+
+
+def meta_sit(c: Config, vae: VAE, num_classes: int, dims: tuple[int, ...]) -> SiT:
+    """The SiT of this config on the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        return build_sit(c, vae, num_classes, dims)
 
 
 def skeleton(c: Config, num_classes: int, origin: Path | None = None) -> Networks:
@@ -268,7 +286,7 @@ def skeleton(c: Config, num_classes: int, origin: Path | None = None) -> Network
     with torch.device("meta"):
         vae = build_vae(str(origin / ckpt.VAE_FOLDER) if origin else c.vae.name)
         names = c.encoder.names if c.uses_encoder else []
-        encoders = [load_encoder(n, "random", c.data.resolution, c.encoder_grid) for n in names]
+        encoders = [encoder_on_meta(n, c.data.resolution, c.encoder_grid) for n in names]
         sit = build_sit(c, vae, num_classes, tuple(e.embed_dim for e in encoders))
         disc = build_disc(c, None) if c.uses_disc else None
     nets = Networks(vae, sit, disc, [] if c.encoder.cached else encoders)

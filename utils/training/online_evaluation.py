@@ -12,6 +12,7 @@ from utils.data.base import Source
 from utils.distributed import Ranks, default_device
 from utils.evaluation.evaluate import check_network, check_possible, evaluate
 from utils.evaluation.images.image_sets import SourceImages
+from utils.evaluation.images.naming import spec_of_data
 from utils.evaluation.images.npz_images import ArrayImages
 from utils.evaluation.metrics import METRICS, select_metrics
 from utils.evaluation.networks import load_features, load_network
@@ -93,9 +94,7 @@ def images_of_rounds(num: int, most: int) -> list[range]:
 
 def reference_of(config: Config, source: Source) -> str | SourceImages:
     """`eval.reference`, or the training images."""
-    d = config.data
-    name = ":".join(filter(None, (d.source, d.path or d.split)))
-    return config.eval.reference or SourceImages(source, f"{name}@{d.resolution}")
+    return config.eval.reference or SourceImages(source, spec_of_data(config.data))
 
 
 def check_evaluation(config: Config, source: Source | None) -> None:

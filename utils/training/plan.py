@@ -12,24 +12,17 @@ from pathlib import Path
 
 import psutil
 import torch
-import torch.nn as nn
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from models.autoencoders.layouts import to_diffusers
-from models.checks.errors import UserError, short
+from models.autoencoders.stored import read_vae
+from models.checks.errors import UserError
 from models.encoders import load_encoder
 from models.lpips import load_lpips
+from models.sit import read_sit_config
 from models.vae import build_vae, load_vae, vae_from_config, vae_weight_file
-from models.weights.configs import CONFIG, WEIGHTS, read_config
+from models.weights.configs import CONFIG, read_config
 from models.weights.loading import require_match
-from models.weights.reading import read_state
 from utils.checkpoint import (
-    DISCRIMINATOR,
-    OPTIMIZERS,
     SIT,
-    SIT_EMA,
-    VAE_FOLDER,
     Checkpoints,
 )
 from utils.cli import check_output_folder
@@ -57,16 +50,12 @@ from utils.training.networks import (
 )
 from utils.training.nonfinite import LeftOutSteps, ema_warning
 from utils.training.online_evaluation import check_evaluation
+from utils.training.starting.fitting import require_fit, require_same_vae, require_whole
+from utils.training.starting.inheritance import Inheritance, inherit
 
 # what a run writes from its start: in a folder that is no run, they are somebody else's
 WRITTEN = (CONFIG_FILE, "metrics.jsonl", "sessions.jsonl", "latent_stats.json", "samples")
 LPIPS_LEAST = 16  # pixels: the four poolings of VGG-16 halve an image to one pixel
-# The names of dtypes in the header of a .safetensors.
-DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U8": torch.uint8, "BOOL": torch.bool},
-}
 
 
 @dataclass
@@ -87,6 +76,7 @@ class Plan:
     training_set  the images with their cached latents, if there are any
     start         what the run begins with
     nets          the networks without numbers, on the meta device
+    inherited     what they take over with run.init_from
     rank_batch    images of one rank in one step
     notes         what a user should know: no mistakes
     """
@@ -95,6 +85,7 @@ class Plan:
     training_set: Source | None
     start: Start
     nets: Networks
+    inherited: Inheritance | None
     rank_batch: int
     notes: list[str]
 
@@ -113,10 +104,8 @@ def check_run(c: Config, ranks: int, *, assume_data: bool = False, read_all: boo
     source, training_set, notes = find_data(c, assume_data)
     start = starting_point(c, read_all=read_all)
     notes += changes_since(c, start, source)
-    # with run.init_from, the settings must name the architecture that the checkpoint has
-    nets = check_networks(c, source, start.checkpoint)
-    if start.origin:
-        require_fit(nets, start.origin, resume=start.checkpoint is not None)
+    nets, inherited = check_networks(c, source, start, read_all)
+    notes += inherited.notes if inherited else []
     for _, check in weight_checks(c, start.origin):
         check()
     if isinstance(training_set, CachedSource):
@@ -127,7 +116,7 @@ def check_run(c: Config, ranks: int, *, assume_data: bool = False, read_all: boo
     if source and not assume_data:
         look_at_content(source, training_set)
         notes += [line for line in changes_since(c, start, source) if line not in notes]
-    return Plan(source, training_set, start, nets, rank_batch, notes)
+    return Plan(source, training_set, start, nets, inherited, rank_batch, notes)
 
 
 def open_checked(c: Config) -> tuple[Source, Source]:
@@ -135,14 +124,14 @@ def open_checked(c: Config) -> tuple[Source, Source]:
     checks; its `UserError` ends all ranks. It says what the run will be, and what is to be known
     of it."""
     ranks, plans = Ranks(), []
+    # of a run that is still being trained, another rank may have found a newer checkpoint
+    c.run.init_from, c.vae.name = ranks.on_main(lambda: (c.run.init_from, c.vae.name))
     ranks.on_main(lambda: plans.append(check_run(c, ranks.world)))
     source = plans[0].source if plans else open_training_data(c)
     training_set = plans[0].training_set if plans else join_cache(c, source)
     assert source is not None and training_set is not None
     for plan in plans:
-        print_block(describe_run(c, plan, ranks.world))
-        for note in plan.notes:
-            ranks.print(f"note: {note}")
+        say_plan(describe_run(c, plan, ranks.world), plan)
     return source, training_set
 
 
@@ -206,15 +195,30 @@ def open_data(c: Config) -> Source:
     return source
 
 
-def check_networks(c: Config, source: Source | None, origin: Path | None) -> Networks:
-    """The shapes of the networks meet each other and the data; the networks without numbers."""
+def check_networks(
+    c: Config, source: Source | None, start: Start, read_all: bool = True
+) -> tuple[Networks, Inheritance | None]:
+    """The shapes of the networks meet each other, the data, and the checkpoint that the run begins
+    with; the networks without numbers, and what they take over with `run.init_from`. `read_all` as
+    for `check_run`."""
     if c.loss.reg.lpips and c.vae.train and c.data.resolution < LPIPS_LEAST:
         raise UserError(
             f"data.resolution={c.data.resolution} is too small for LPIPS, which takes images of "
             f"{LPIPS_LEAST} px or more: raise it, or set loss.reg.lpips=0"
         )
-    classes = source.num_classes if source else c.data.num_classes or 1000
-    return skeleton(c, classes, origin)
+    origin, classes = start.origin, source.num_classes if source else c.data.num_classes
+    if origin and not start.checkpoint:
+        require_whole(origin, read_all)
+        require_same_vae(c, origin)
+    if origin and not classes:  # without the data, those that it has
+        classes = read_sit_config(origin / SIT)["num_classes"]
+    nets = skeleton(c, classes or 1000, start.checkpoint)
+    if start.checkpoint:
+        require_fit(start.checkpoint, nets.sit, nets.vae, nets.disc)
+    elif origin:
+        names = source.classes if source else None
+        return nets, inherit(c, origin, nets.sit, nets.disc, names)
+    return nets, None
 
 
 def weight_checks(c: Config, origin: Path | None) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -256,12 +260,13 @@ def check_vae_file(c: Config) -> None:
     if file is None or file.path is None:
         return
     path = file.fetch(download=False)
+    state, _ = read_vae(path, tell=lambda _: None)  # not the numbers, which stay in the file
     with torch.device("meta"):
         if file.companions:  # a folder, with an architecture of its own
             vae = vae_from_config(read_config(path.with_name(CONFIG)), path.parent)
         else:
             vae = build_vae(c.vae.name)
-    require_match(vae.net.state_dict(), to_diffusers(read_shapes(path)), path, "the VAE")
+    require_match(vae.net.state_dict(), state, path, "the VAE")
 
 
 def check_cached_vae(c: Config, cache: LatentCache, origin: Path | None) -> None:
@@ -282,44 +287,6 @@ def check_pictures(c: Config) -> None:
                 f"{name}.num={section.num} images of {side} px take {format_bytes(size)}, this "
                 f"machine has {format_bytes(memory)}: lower {name}.num, or set {name}.every=0"
             )
-
-
-def require_fit(nets: Networks, origin: Path, resume: bool) -> None:
-    """The networks of a checkpoint have the shapes of these; what a run that resumes needs more is
-    there. Reads headers alone."""
-    parts: list[tuple[str, nn.Module]]
-    parts = [(f"{name}/{WEIGHTS}", nets.sit) for name in (SIT, SIT_EMA)]
-    parts.append((f"{VAE_FOLDER}/{WEIGHTS}", nets.vae.net))
-    if nets.disc and (resume or (origin / DISCRIMINATOR).is_file()):
-        if not (origin / DISCRIMINATOR).is_file():
-            raise UserError(f"{origin} has no discriminator: set loss.reg.gan=0, or a new run.name")
-        parts.append((DISCRIMINATOR, nets.disc))
-    if resume and not (origin / OPTIMIZERS).is_file():
-        raise UserError(f"{origin} holds no optimizers (imported?): use run.init_from={origin}")
-    for name, net in parts:
-        path = origin / name
-        if not path.is_file():
-            raise UserError(f"{path} not found: {origin} is no whole checkpoint; name another")
-        try:
-            require_match(net.state_dict(), read_shapes(path), path, "this config")
-        except UserError as error:
-            raise UserError(f"{error}; correct the config, or choose another run.name") from None
-
-
-def read_shapes(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file on the meta device: of a .safetensors the header alone is
-    read."""
-    if path.suffix != ".safetensors":
-        return {name: value.to("meta") for name, value in read_state(path).items()}
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: torch.empty(each.get_shape(), dtype=DTYPES[each.get_dtype()], device="meta")
-                for name, each in slices.items()
-            }
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged, or no weight file ({short(error)})") from None
 
 
 def starting_point(
@@ -369,10 +336,17 @@ def print_plan(c: Config) -> None:
     check_unlocked(c.run_dir)  # the run itself takes the lock
     print(to_yaml(c))
     predicted = "predicted by scripts/benchmark.py --predict h100 with the same arguments"
-    print_block(describe_run(c, plan, ranks) | {"time, memory": predicted})
-    for note in plan.notes:
-        print(f"note: {note}")
+    say_plan(describe_run(c, plan, ranks) | {"time, memory": predicted}, plan)
     if note := emulation_note(c.run.precision, default_device()):
         print(f"note: run.precision={c.run.precision}: {note}")
     if warning := ema_warning(c):
         print(f"warning: {warning[1]}")
+
+
+def say_plan(facts: dict[str, str], plan: Plan) -> None:
+    """What the run will be, what it takes over from another one, and what is to be known of it."""
+    print_block(facts)
+    for line in plan.inherited.lines if plan.inherited else []:
+        print(line)
+    for note in plan.notes:
+        print(f"note: {note}")

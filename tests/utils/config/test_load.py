@@ -217,7 +217,7 @@ def test_home_and_variables_are_expanded_in_every_path(name, monkeypatch, tmp_pa
 
 def test_every_setting_that_names_a_path_is_marked():
     marked = {name for name, declared, _ in all_settings(Config()) if "path" in declared.metadata}
-    assert marked == {*PATHS, "data.latents", "run.init_from"}
+    assert marked == {*PATHS, "data.labels", "data.latents", "run.init_from"}
 
 
 def test_a_saved_path_is_not_expanded_again(tmp_path):

@@ -58,6 +58,8 @@ INVALID = {  # overrides of the defaults: the key facts of the message, one for 
     "sit.size=SiT-M/2": ("SiT-M/2", "SiT-S/1"),
     "preview.solver=sde preview.steps=1": ("preview.steps=1", "at least 2"),
     "run.trackers=[comet]": ("comet", "tensorboard, wandb"),
+    "run.init_new=[classes]": ("run.init_new=[classes]", "run.init_from, which is null"),
+    "run.init_new=[head]": ("projectors, classes, pos_embed, disc",),
     "run.init_from=configs": ("run.init_from=configs", "sit/config.json"),
     "run.allow_change=[lr]": ("lr", "vae.optim.lr"),
     "run.allow_change=[vae.weights]": ("vae.weights", "start"),
@@ -67,6 +69,8 @@ INVALID = {  # overrides of the defaults: the key facts of the message, one for 
     "run.out=README.md/exps": ("run.out=README.md/exps", "no folder"),
     "sit.num_heads=7": ("sit.hidden_size=1152", "multiple of 4 x sit.num_heads=7"),
     "data.latents=cache": ("data.latents=cache", "vae.train=false"),
+    "data.depth_range=[9,3]": ("data.depth_range=[9,3]", "lower one first"),
+    "data.depth_range=[9]": ("data.depth_range=[9]", "two values"),
     "vae.train=false vae.weights=null": ("vae.weights=null", "set vae.weights, or vae.train=true"),
     "vae.train=false loss.diffusion.vae=0.1": ("loss.diffusion.vae=0.1", "trained"),
     "disc.norm=group disc.channels=12": ("disc.channels=12", "multiple of 8"),
@@ -89,13 +93,25 @@ def test_an_invalid_setting_is_named_with_its_value_and_what_to_change(overrides
     assert "\n" not in str(caught.value)
 
 
-def test_an_origin_that_is_a_run_or_a_pipeline_is_told_from_a_checkpoint(tmp_path):
+def test_an_origin_that_is_no_checkpoint_is_told_what_to_name(tmp_path):
     newest = tmp_path / "exps/a/checkpoints/0000004"
     newest.mkdir(parents=True)
     (tmp_path / "pipeline/sit_ema").mkdir(parents=True)
+    for part in ("0000008/sit", "0000008/vae", "accelerate"):
+        (tmp_path / part).mkdir(parents=True)
+    (tmp_path / "0000008/sit/config.json").touch()
+    (tmp_path / "accelerate/model.safetensors").touch()
+    (tmp_path / "published.pt").write_bytes(b"PK\3\4 0400000/data.pkl")
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html>")
     for origin, words in {
-        newest.parents[1]: f"that is a run, name one of its checkpoints, e.g. {newest}",
+        newest.parents[1]: "holds no whole checkpoint yet",
+        tmp_path / "published.pt": "it is a PyTorch file; run scripts/import_official.py",
+        tmp_path / "accelerate": "it has no sit/config.json; run scripts/import_official.py",
+        tmp_path / "page.pt": "it is an HTML page; name a run",
+        tmp_path / "0000008/vae": f"name the checkpoint around it, {tmp_path}/0000008",
+        tmp_path / "0000008/sit/config.json": "name the checkpoint around it",
         tmp_path / "pipeline": "an exported pipeline has no raw weights to train on",
+        tmp_path / "absent": "no such folder; name a run",
     }.items():
         with pytest.raises(UserError, match=words):
             load_config([], [f"run.init_from={origin}"])

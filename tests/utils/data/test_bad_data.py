@@ -27,6 +27,7 @@ from tests.utils.data.test_sources import (
     pack_by_hand,
 )
 from utils.data.base import BadImages, cautions, describe
+from utils.data.decoding.conversion import PLAIN
 from utils.data.images import MAX_PIXELS, UnreadableImageError, read_image
 from utils.data.latents import LatentCache
 from utils.data.registry import open_source
@@ -74,8 +75,9 @@ UNREADABLE = {
     "zip": b"PK\x03\x04" + bytes(99),
     "html": b"<!DOCTYPE html><html></html>",
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
-    "tiff": encoded(picture(0), "TIFF"),
-    "ppm": encoded(picture(0), "PPM"),
+    "tga": encoded(picture(0), "TGA"),
+    "heic": b"\0\0\0\x18ftypheic" + bytes(99),
+    "truncated TIFF": encoded(picture(0), "TIFF")[:200],
     "truncated PNG": encoded(picture(0, (99, 99)), "PNG")[:999],
     "PNG that ends after its header": encoded(picture(0), "PNG")[:40],
     "zeros in a PNG": damaged_png(),
@@ -105,7 +107,7 @@ def test_an_image_that_cannot_be_read_is_named(kind, tmp_path):
     path.write_bytes(UNREADABLE[kind])
     for given in (path, io.BytesIO(UNREADABLE[kind])):
         with pytest.raises(UnreadableImageError, match="cannot decode X: ") as error:
-            read_image(given, "X", 256)
+            read_image(given, "X", 256, PLAIN)
         assert one_line(error) and error.value.reason and "0x" not in error.value.reason
 
 
@@ -122,7 +124,7 @@ def test_what_is_no_file_is_never_waited_for(kind, tmp_path):
         case "folder":
             path.mkdir()
     with pytest.raises(UserError, match=r"cannot (read|decode) X: "):
-        read_image(path, "X", 8)
+        read_image(path, "X", 8, PLAIN)
 
 
 def test_odd_images_are_read(tmp_path):
@@ -231,7 +233,7 @@ def test_missing_files_are_replaced_too(tmp_path):
 
 # ---- labels --------------------------------------------------------------------------------------
 
-LABELS = [1_000_000_000, -1, 0.5, 1.0, True, "1", None, [1], {}, float("nan"), float("inf"), 2**70]
+LABELS = [1_000_000_000, -1, 0.5, True, "", "-1", None, [1], {}, float("nan"), float("inf"), 2**70]
 
 
 @pytest.mark.parametrize("label", LABELS, ids=str)
@@ -252,12 +254,12 @@ def test_labels_that_are_no_class_are_refused(tmp_path, kind, label):
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        ("", "no valid JSON"),
+        ("", "empty file"),
         ("[]", "labels"),
         ("{}", "labels"),
         ("7", "labels"),
         ('{"labels": 7}', "expected"),
-        ('{"labels": {}}', "expected"),
+        ('{"labels": {}}', "no label"),
         ('{"labels": "x"}', "expected"),
         ('{"labels": [7]}', "expected"),
         ('{"labels": [["a", 1, 2]]}', "expected"),
@@ -265,7 +267,7 @@ def test_labels_that_are_no_class_are_refused(tmp_path, kind, label):
         ('{"labels": []}', "no label"),
         ('{"labels": [["00000/img1.png", 1], ["00000/img1.png", 2]]}', "two labels"),
         ("[" * 99_999, "no valid JSON"),
-        ("\udcff", "no valid JSON"),
+        ("\udcff", "no text in UTF-8"),
     ],
 )
 def test_dataset_json_that_is_none_is_refused(tmp_path, content, word):
@@ -349,11 +351,11 @@ def zip_at(path: Path) -> None:
 
 
 PLACES = {
-    "x.zip": (zip_at, "zip archive.*unpack"),
-    "x.tar": (lambda p: p.write_bytes(bytes(257) + b"ustar" + bytes(300)), "tar archive.*unpack"),
+    "x.zip": (zip_at, "zip archive.*data.source=zip"),
+    "x.tar": (lambda p: p.write_bytes(bytes(257) + b"ustar" + bytes(300)), "data.source=tar"),
     "x.tar.gz": (lambda p: p.write_bytes(b"\x1f\x8b\x08" + bytes(99)), "gzip archive.*unpack"),
     "x.pt": (lambda p: torch.save({}, p), "PyTorch"),
-    "x.parquet": (lambda p: p.write_bytes(b"PAR1\xff\xfe\x00"), "class folders"),
+    "x.parquet": (lambda p: p.write_bytes(b"PAR1\xff\xfe\x00"), "prepare_data"),
     "x.h5": (lambda p: h5py.File(p, "w").close(), "HDF5.*data.source=hdf5"),
     "x.npz": (lambda p: np.savez(p, a=1), "NumPy"),
     "x.png": (lambda p: picture(0).save(p), "PNG image"),

@@ -56,6 +56,16 @@ def cache_by_hand(
     return LatentCache(root)
 
 
+def test_latents_of_the_first_crop_are_read_and_of_another_one_refused(tmp_path):
+    cache = cache_by_hand(tmp_path / "c", packed(tmp_path), (9,))
+    meta = json.loads((path := tmp_path / "c/meta.json").read_text())
+    path.write_text(json.dumps(meta | {"crop_version": "adm-center-crop-1"}))
+    assert len(LatentCache(tmp_path / "c")) == len(cache)
+    path.write_text(json.dumps(meta | {"crop_version": "other"}))
+    with pytest.raises(UserError, match="other"):
+        LatentCache(tmp_path / "c")
+
+
 def packed(tmp_path: Path) -> Source:
     pack_by_hand(tmp_path / "p", lengths=(3, 0, 2, 4))
     return open_source("packed", tmp_path / "p", 8)

@@ -1,7 +1,6 @@
 """Crop, conversions and picture grids."""
 
 import io
-import warnings
 
 import numpy as np
 import pytest
@@ -10,13 +9,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from models.checks.errors import UserError
+from utils.data.decoding.conversion import PLAIN
 from utils.data.images import (
     UnreadableImageError,
     center_crop,
     pm1_to_01,
     pm1_to_u8,
     read_image,
-    to_rgb,
     u8_to_pm1,
 )
 
@@ -98,41 +97,14 @@ def saved(image: Image.Image, **options) -> io.BytesIO:
     return file
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
-def test_every_png_mode_becomes_rgb(mode):
-    rgb = Image.fromarray(noise(20, 20))
-    image = rgb.convert(mode)
-    expected = np.asarray(image.convert("RGB").resize((20, 20))).transpose(2, 0, 1)
-    assert np.array_equal(read_image(saved(image), "x", 20).numpy(), expected)
-
-
-def test_transparent_palette_keeps_its_colours_without_a_warning():
-    image = Image.fromarray(noise(20, 20)).convert("P")
-    expected = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        actual = read_image(saved(image, transparency=bytes(range(256))), "x", 20)
-    assert np.array_equal(actual.numpy(), expected)
-
-
-def test_cmyk_becomes_rgb():
-    assert to_rgb(Image.new("CMYK", (4, 4), (0, 255, 255, 0))).getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_sixteen_bit_grey_is_not_clipped():
-    grey = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
-    actual = read_image(saved(Image.fromarray(grey)), "x", 8)
-    assert np.array_equal(actual[0].numpy(), (grey >> 8).astype(np.uint8))
-
-
 def test_bad_bytes_are_told_from_a_failing_disk(tmp_path):
     with pytest.raises(UnreadableImageError, match="cannot decode it: not an image") as caught:
-        read_image(io.BytesIO(b"text"), "it", 8)
-    assert caught.value.reason == "not an image"
+        read_image(io.BytesIO(b"text"), "it", 8, PLAIN)
+    assert caught.value.reason == "not an image, but a text file"
     whole = saved(Image.fromarray(noise(99, 99))).getvalue()
     with pytest.raises(UnreadableImageError, match="cannot decode it") as caught:
-        read_image(io.BytesIO(whole[: len(whole) // 2]), "it", 8)
+        read_image(io.BytesIO(whole[: len(whole) // 2]), "it", 8, PLAIN)
     assert "0x" not in caught.value.reason  # no memory address: the same text in every run
     with pytest.raises(UserError, match="cannot read it: No such file") as caught:
-        read_image(tmp_path / "none.png", "it", 8)
+        read_image(tmp_path / "none.png", "it", 8, PLAIN)
     assert not isinstance(caught.value, UnreadableImageError)

@@ -40,11 +40,11 @@ def counted(root) -> tuple[list[str], list[str]]:
 def test_hidden_names_are_skipped_counted_and_said(tmp_path):
     fill(tmp_path, "a/1.png", "a/.1.png", "a/.ipynb_checkpoints/1.png", "a/.DS_Store")
     fill(tmp_path, ".cache/x/1.png", "b/x.heic", "b/y.HEIC", "b/notes", "b/2.WebP", "b/3.JPEG")
-    fill(tmp_path, "dataset.json.bak")
+    fill(tmp_path, "dataset.json.bak", "a/@eaDir/1.jpg/thumb.jpg")
     keys, (note,) = counted(tmp_path)
     assert keys == ["a/1.png", "b/2.WebP", "b/3.JPEG"]
-    assert note.startswith("ignored: 2 ") and f"below {tmp_path} (first " in note
-    kinds = ("2 hidden files", "2 hidden folders", "2 .heic", "1 .bak", "1 file without an ending")
+    assert note.startswith("ignored: 3 hidden folders") and f"below {tmp_path} (first " in note
+    kinds = ("2 hidden files", "3 hidden folders", "2 .heic", "1 .bak", "1 file without an ending")
     assert all(kind in note for kind in kinds)
 
 

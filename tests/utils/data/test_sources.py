@@ -17,6 +17,7 @@ from models.checks.errors import UserError
 from tests.utils.data.pictures import fill, picture
 from utils.data import registry
 from utils.data.base import Names, Source, content_of, hash_images
+from utils.data.decoding.conversion import PLAIN
 from utils.data.images import CROP_VERSION, center_crop
 from utils.data.registry import open_source
 from utils.data.sampling import StepSampler, make_loader
@@ -313,6 +314,12 @@ def test_packed_that_does_not_fit_is_refused(tmp_path, changes, resolution, mess
     one_line(error)
 
 
+def test_packed_data_of_the_first_crop_are_read(tmp_path):
+    """Their pixels are the same, unless there were transparent pictures among them."""
+    pack_by_hand(tmp_path / "p", crop_version="adm-center-crop-1")
+    assert open_source("packed", tmp_path / "p", 8).conversion == PLAIN
+
+
 def test_unfinished_packed_folder_says_so(tmp_path):
     (tmp_path / "plan.json").write_text('{"format": "repae-packed-1"}')
     with pytest.raises(UserError, match=r"meta\.json not found; .*unfinished: run the same"):
@@ -338,6 +345,13 @@ H5_NAMES = ["00000/img2.png", "00000/img0.png", "00000/img1.png"]
 H5_LABELS = [["00000/img1.png", 1], ["00000/img2.png", 4], ["00000/img0.png", 0], ["more.png", 9]]
 
 
+def test_hdf5_counts_the_names_that_are_no_images(tmp_path):
+    root = official_h5(tmp_path / "h", H5_NAMES, H5_LABELS)
+    names = [*H5_NAMES, "a/1.heic", "a/2.heic", "dataset.json"]
+    (root / "images_h5.json").write_text(json.dumps(names))
+    assert open_source("hdf5", root, 8).notes[-1].startswith("ignored: 2 .heic below")
+
+
 def test_hdf5_joins_labels_by_name(tmp_path):
     root = official_h5(tmp_path / "h", [*H5_NAMES, "dataset.json"], H5_LABELS, H5_NAMES)
     source = open_source("hdf5", root, 8)
@@ -348,6 +362,24 @@ def test_hdf5_joins_labels_by_name(tmp_path):
     pixels = {name: np.asarray(picture(i, (8, 8))) for i, name in enumerate(H5_NAMES)}
     for i in range(3):
         assert np.array_equal(source[i][0].permute(1, 2, 0).numpy(), pixels[source.key(i)])
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_hdf5_takes_the_labels_in_the_file(tmp_path, as_text):
+    """Where the official script writes them, as bytes; a dataset.json beside the file is not read.
+    `data.labels` comes first."""
+    root = official_h5(tmp_path / "h", H5_NAMES, [["x", -1]])
+    text = json.dumps({"labels": H5_LABELS})
+    with h5py.File(root / "images.h5", "a") as file:
+        file["dataset.json"] = text if as_text else np.array(text.encode(), dtype="S")
+    assert open_source("hdf5", root, 8).classes == ["0", "1", "4"]
+    assert open_source("hdf5", root, 8, labels="none").num_classes == 1
+    assert open_source("hdf5", root, 8, labels="folder").classes == ["00000"]
+    (tmp_path / "l.csv").write_text("".join(f"{name},{k}\n" for k, name in enumerate(H5_NAMES)))
+    source = open_source("hdf5", root, 8, labels=str(tmp_path / "l.csv"))
+    assert source.labels.tolist() == [1, 2, 0]
+    (root / "dataset.json").unlink()
+    assert open_source("hdf5", root, 8).num_classes == 3
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 import zipfile
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from models.checks.errors import UserError
 from tests.utils.evaluation.toy_network import sampling_record
+from utils.config.schema import DataConfig
 from utils.distributed import Ranks
 from utils.evaluation.evaluate import evaluate
 from utils.evaluation.images.beside import record_beside
@@ -18,7 +20,7 @@ from utils.evaluation.images.image_sets import (
     open_images,
     subset,
 )
-from utils.evaluation.images.naming import is_source
+from utils.evaluation.images.naming import is_source, path_of, spec_of_data
 from utils.evaluation.images.reader import read_ahead
 from utils.evaluation.options import Options, sampling_settings
 from utils.process.written import LONGEST_JSON
@@ -108,6 +110,41 @@ def test_a_folder_as_data_is_cropped(tmp_path, pictures):
     images = open_images(f"folder:{folder}@4")
     assert images.read(0, 2).shape == (2, 4, 4, 3)
     assert images.fingerprint() != open_images(f"folder:{folder}@5").fingerprint()
+
+
+def test_a_reference_needs_no_labels(tmp_path, pictures):
+    """The printed command of a run with data.labels=none was once refused."""
+    folder = save_folder(tmp_path / "images", pictures)
+    save_folder(folder / "more", pictures[:2])
+    images = open_images(f"folder:{folder}@4")
+    assert len(images) == 15 and images.notes == [
+        f"all images are taken, though {folder} holds images (0.png) beside class folders"
+    ]
+    for name in ("train", "test"):
+        with tarfile.open(tmp_path / f"{name}-0.tar", "w") as file:
+            file.add(folder / "more", "x")
+    with pytest.raises(UserError, match="choose one: tar:PATH,split=train"):
+        open_images(f"tar:{tmp_path}@4")
+    assert len(open_images(f"tar:{tmp_path}@4,split=test")) == 2
+
+
+def test_a_spec_says_what_the_settings_of_a_run_say(tmp_path):
+    """Else samples would be compared with other pictures than those that were trained on."""
+    path = tmp_path / "a"
+    path.mkdir()
+    deep = np.full((4, 4), 4095, dtype=np.uint16)
+    Image.fromarray(deep).save(path / "0.png")
+    data = DataConfig(source="folder", path=str(path), resolution=4, depth_range=[0, 4095])
+    images = open_images(spec_of_data(data))
+    assert images.name == f"folder:{path}@4,depth_range=0-4095"
+    assert np.all(images.read(0, 1) == 255)
+    data = DataConfig(source="folder", path=str(path), resolution=4, exif=True)
+    assert open_images(spec_of_data(data)).source.conversion.exif
+    tar = DataConfig(source="tar", path="x", split="train", exif=True, depth_range=[1, 9])
+    assert spec_of_data(tar) == "tar:x@256,split=train,exif,depth_range=1-9"
+    assert is_source(spec_of_data(tar)) and path_of(spec_of_data(tar)) == "x"
+    with pytest.raises(UserError, match="expected 0 <= LO < HI"):
+        open_images(f"folder:{path}@4,depth_range=9-3")
 
 
 def test_a_meta_json_that_lies_about_is_no_fingerprint(tmp_path, pictures, monkeypatch):

@@ -1,6 +1,7 @@
 """Feature networks without their weights: random ones, against torch-fidelity and formulas."""
 
 import socket
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from models.backbones.table import EncoderSpec
 from models.checks.errors import UserError
 from models.weights.published import WeightFile
+from tests.published_encoders import SMALL, transformers_state
 from tests.random_inception import textures
+from utils.evaluation import networks
 from utils.evaluation.networks import (
     ADMInception,
     _dinov2,
@@ -118,9 +122,9 @@ def test_nothing_in_a_weight_file_is_executed(tmp_path, monkeypatch):
     file = tmp_path / "evil.pth"
     torch.save({"weight": Evil()}, file)
     for spec in ("inception", "dinov2"):
-        with pytest.raises(UserError, match="not a file of plain tensors"):
+        with pytest.raises(UserError, match=r"do not fit .* has no tensors"):
             load_features(spec, weights=str(file), weights_sha256=sha256_file(file))
-    with pytest.raises(UserError, match="not a file of plain tensors"):
+    with pytest.raises(UserError, match=r"do not fit timm's resnet10t"):
         load_features(f"timm:resnet10t@{file}")
     assert not (tmp_path / "executed").exists()
 
@@ -186,6 +190,30 @@ def test_timm_checkpoint_with_its_classifier_gives_pooled_features(tmp_path, end
     torch.testing.assert_close(net(x)["pool"], expected)
     assert net.label == f"timm:resnet10t@{path.name}#{sha256_file(path)[:8]}"
     assert net.facts["resize"] == "none"
+
+
+def test_a_folder_of_transformers_gives_the_features_of_timms_file(tmp_path, monkeypatch):
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=0, **SMALL)
+    monkeypatch.setattr(networks, "EncoderSpec", partial(EncoderSpec, kwargs=SMALL))
+    save_file(net.state_dict(), own := tmp_path / "timm.safetensors")
+    (folder := tmp_path / "hub").mkdir()
+    save_file(transformers_state(net, "dinov1-s"), folder / "model.safetensors")
+    ours, theirs = (load_features(f"timm:vit_tiny_patch16_224@{file}") for file in (own, folder))
+    x = textures(1, 1, size=32)
+    assert torch.equal(ours(x)["pool"], theirs(x)["pool"])
+    assert theirs.label.startswith("timm:vit_tiny_patch16_224@model.safetensors#")
+
+
+def test_of_a_training_checkpoint_of_timm_the_averaged_network_is_taken(tmp_path, capsys):
+    raw, averaged = (timm.create_model("resnet10t", num_classes=10) for _ in range(2))
+    wrapped = {f"module.{name}": value for name, value in averaged.state_dict().items()}
+    content = {"state_dict": raw.state_dict(), "state_dict_ema": wrapped, "arch": "resnet10t"}
+    torch.save(content, path := tmp_path / "checkpoint.pth.tar")
+    net = load_features(f"timm:resnet10t@{path}")
+    assert "taken from state_dict_ema, without the prefix module." in capsys.readouterr().out
+    save_file(averaged.state_dict(), alone := tmp_path / "averaged.safetensors")
+    x = textures(2, 1, size=32)
+    assert torch.equal(net(x)["pool"], load_features(f"timm:resnet10t@{alone}")(x)["pool"])
 
 
 def test_a_classifier_of_ours_is_fed_at_the_size_it_was_trained_at(tmp_path):

@@ -224,7 +224,7 @@ def test_pickles_of_anything_else_are_refused_and_not_executed(tmp_path):
         "holds no dict of statistics": [MU, SIGMA],
         "sigma holds complex": edm2(fid={"mu": MU, "sigma": SIGMA.astype("c16")}),
         "damaged": loop,
-        "EMPTY_SET": {"a": {1}},
+        "holds a dict of a, but": {"a": {1}},
     }
     for why, content in wrong.items():
         path.write_bytes(pickle.dumps(content))

@@ -125,6 +125,18 @@ def test_measured_statistics_normalise_held_out_digits(tmp_path, name):
     assert origin in (tmp_path / "out/README.md").read_text()
 
 
+def test_a_weight_file_becomes_a_diffusers_folder(tmp_path):
+    vae = awake("tiny-f8d4")
+    torch.save({"state_dict": vae.net.state_dict()}, tmp_path / "vae.ckpt")
+    images = open_source("digits", None, 16, "test")
+    export_vae(tmp_path / "vae.ckpt", tmp_path / "out", images=images, num_images=8)
+    again = load_vae(str(tmp_path / "out")).net.state_dict()
+    assert all(torch.equal(again[k], v) for k, v in vae.net.state_dict().items())
+    assert "name: as-its-origin" in (tmp_path / "out/README.md").read_text()
+    with pytest.raises(UserError, match="no latent statistics: measure them with --data"):
+        export_vae(tmp_path / "vae.ckpt", tmp_path / "other")
+
+
 def test_measuring_does_not_depend_on_the_batch(monkeypatch):
     vae, source = awake("tiny-f8d4"), open_source("digits", None, 16)
     mean, std = latent_stats.measure_latents(vae, source, 70, seed=3)

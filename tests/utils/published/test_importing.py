@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from models.checks.errors import UserError
 from models.sit import load_sit
-from models.vae import load_vae
+from models.vae import build_vae, load_vae
+from models.weights.configs import WEIGHTS
 from tests.published_files import (
     CLASSES,
     DEPTH,
@@ -21,6 +22,7 @@ from tests.published_files import (
     Bomb,
     compvis_vae,
     disc_state,
+    first_release,
     joint_checkpoint,
     namespace,
     original_sit_state,
@@ -29,6 +31,9 @@ from tests.published_files import (
 )
 from utils.checkpoint import DISCRIMINATOR, SIT, SIT_EMA, STATE, VAE_FOLDER, find_fault
 from utils.published.importing import import_published
+from utils.published.sit_conventions import without_variance
+from utils.sampling.load import open_checkpoint
+from utils.sampling.settings import SamplingSettings
 from utils.sealed import MODEL_INDEX
 
 
@@ -76,11 +81,13 @@ def test_ema_and_raw_weights_pos_embed_and_statistics_are_kept_apart(joint):
 def test_one_set_of_weights_is_both(tmp_path, kept, seed):
     left_out = {"model": "ema", "ema": "model"}[kept]
     path = joint_checkpoint(tmp_path / "c.pt", **{left_out: None})
-    state = import_published(path, tmp_path / "out")
+    state = import_published(path, tmp_path / "out", scaling_factor=0.5)
+    said = state["source"]["latent_norm"]
+    assert said == "bn.* of the checkpoint (--scaling-factor 0.5 is not needed)"
     for name in (SIT, SIT_EMA):
         found = load_sit(tmp_path / "out" / name).state_dict()
         assert torch.equal(found["pos_embed"], sit_state(seed)["pos_embed"])
-    assert "both" in state["source"]["weights"]
+    assert "used as raw and as EMA" in state["source"]["weights"]
 
 
 @pytest.mark.slow
@@ -110,23 +117,54 @@ def test_a_checkpoint_without_its_vae_finds_the_one_it_names_beside_it(tmp_path)
         import_published(path, tmp_path / "third")
 
 
-def test_time_is_converted_only_for_the_original_sit_or_when_asked_for(tmp_path):
-    torch.save(original_sit_state(5), tmp_path / "sit.pt")
+OPTIONS = {"vae": "tiny-f8d4", "num_heads": HEADS, "scaling_factor": 0.5}
+
+
+def test_time_is_converted_where_that_is_proven_or_asked_for(tmp_path):
+    """An EMA without projectors was once taken for the original SiT, and silently converted."""
+    torch.save(original_sit_state(5), tmp_path / "ema.pt")
     known = original_sit_state(5)["final_layer.linear.weight"]
-    for time, sign in (("auto", -1), ("sit", -1), ("repa", 1)):
-        state = import_published(
-            tmp_path / "sit.pt", tmp_path / time, vae="tiny-f8d4", scaling_factor=0.5,
-            num_heads=HEADS, time=time,
-        )  # fmt: skip
-        sit = load_sit(tmp_path / time / SIT_EMA)
+    with pytest.raises(UserError, match="nothing in the file shows it: give --time repa or --time"):
+        import_published(tmp_path / "ema.pt", tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+    settings = {"ema": original_sit_state(5), "args": {"path_type": "Linear"}}
+    torch.save(settings, tmp_path / "args.pt")
+    for file, time, sign in (("ema", "sit", -1), ("ema", "repa", 1), ("args", "auto", -1)):
+        out = tmp_path / f"{file}-{time}"
+        state = import_published(tmp_path / f"{file}.pt", out, time=time, **OPTIONS)
+        sit = load_sit(out / SIT_EMA)
         assert torch.equal(sit.state_dict()["final_layer.linear.weight"], sign * known)
         assert ("converted" in state["source"]["time"]) == (sign == -1)
+        said = "Linear" if file == "args" else "linear, assumed: the file names none"
+        assert state["source"]["interpolant"] == said
     assert sit.bn.running_var.tolist() == [4.0] * 4 and sit.config.latent_norm == "fixed"
+
+
+def test_the_first_release_of_repa_is_the_same_network(tmp_path):
+    torch.save({"ema": first_release(sit_state(2))}, tmp_path / "last.pt")
+    import_published(tmp_path / "last.pt", tmp_path / "out", vae="tiny-f8d4", num_heads=HEADS)
+    sit = load_sit(tmp_path / "out" / SIT_EMA)
+    known = sit_state(2)
+    assert sit.config.align_depth == 2 and sit.config.depth == DEPTH
+    assert all(torch.equal(value, known[name]) for name, value in sit.state_dict().items())
+
+
+def test_irepas_projectors_come_along_and_others_are_left_out(tmp_path):
+    weights, biases = {True: torch.ones(16, 48, 3, 3), False: torch.ones(16, 48)}, torch.ones(16)
+    for kept, weight in weights.items():
+        head = "projectors.0.projection_layer."
+        head = {f"{head}weight": weight, f"{head}bias": biases}
+        torch.save({"ema": original_sit_state(2) | head}, tmp_path / "c.pt")
+        state = import_published(tmp_path / "c.pt", tmp_path / str(kept), **OPTIONS)
+        sit = load_sit(tmp_path / str(kept) / SIT_EMA)
+        assert [tuple(p.weight.shape) for p in sit.projectors] == [(16, 48, 3, 3)] * kept
+        assert state["source"]["projectors"] == 1 or "left out" in state["source"]["projectors"]
+        assert "projectors" in state["source"]["time"]
 
 
 def test_a_variance_head_is_refused_or_dropped(tmp_path):
     state = original_sit_state(6, out=8)
-    torch.save({"model": state, "ema": state, "args": namespace()}, tmp_path / "SiT.pt")
+    torch.save({"model": state, "ema": state}, tmp_path / "SiT.pt")
     options = {"vae": "tiny-f8d4", "num_heads": HEADS}
     with pytest.raises(UserError, match=r"learn_sigma head .*--allow-learn-sigma slice"):
         import_published(tmp_path / "SiT.pt", tmp_path / "out", **options)
@@ -135,9 +173,37 @@ def test_a_variance_head_is_refused_or_dropped(tmp_path):
         import_published(tmp_path / "SiT.pt", tmp_path / "out", **options)
     found = import_published(tmp_path / "SiT.pt", tmp_path / "out", scaling_factor=0.5, **options)
     assert found["source"]["latent_norm"] == "--scaling-factor 0.5"
+    assert "the name SiT with a variance head" in found["source"]["time"]
     for name in (SIT, SIT_EMA):
         weight = load_sit(tmp_path / "out" / name).final_layer.linear.weight
         assert len(weight) == PATCH * PATCH * 4
+
+
+def test_a_dit_can_start_a_run_but_is_never_sampled(tmp_path):
+    path = tmp_path / "DiT-XL-2-256x256.pt"
+    torch.save(original_sit_state(6, out=8), path)
+    with pytest.raises(UserError, match=r"is a DiT by its name: it predicts noise, not velocity"):
+        import_published(path, tmp_path / "out", **OPTIONS)
+    state = import_published(path, tmp_path / "out", allow_learn_sigma="slice", **OPTIONS)
+    assert state["source"]["predicts"] == "noise" and "999" in state["source"]["time"]
+    known = without_variance(original_sit_state(6, out=8))["final_layer.linear.weight"]
+    assert torch.equal(load_sit(tmp_path / "out" / SIT).final_layer.linear.weight, known)
+    with pytest.raises(UserError, match="imported from a DiT, which predicts noise"):
+        open_checkpoint(tmp_path / "out", SamplingSettings())
+
+
+def test_a_pipeline_of_diffusers_brings_its_vae(tmp_path):
+    """As SiTTransformer2DModel is stored: SiT's own names, in transformer/."""
+    folder = tmp_path / "SiT-pipeline"
+    (folder / "transformer").mkdir(parents=True)
+    save_file(original_sit_state(6, out=8), folder / "transformer" / WEIGHTS)
+    config = {"_class_name": "SiTTransformer2DModel", "num_heads": HEADS, "learn_sigma": True}
+    (folder / "transformer/config.json").write_text(json.dumps(config))
+    build_vae("tiny-f8d4").save(folder / "vae")
+    options = {"allow_learn_sigma": True, "scaling_factor": 0.5}
+    state = import_published(folder, tmp_path / "out", **options)
+    assert state["source"]["vae"] == str(folder / "vae") and state["source"]["file"] == folder.name
+    assert "converted" in state["source"]["time"]
 
 
 @pytest.mark.slow
@@ -155,10 +221,12 @@ def test_a_vae_alone_with_the_statistics_beside_it_and_its_discriminator(tmp_pat
     stats_file(tmp_path / "s.pt", mean=(1.0,) * 4)
     import_published(tmp_path / "e2e.pt", tmp_path / "b", stats=tmp_path / "s.pt")
     assert load_vae(str(tmp_path / "b")).latent_stats()[0].tolist() == [1.0] * 4
+    # without them, the scale of its latents could be that of several published VAEs
     (tmp_path / "e2e-latents-stats.pt").unlink()
-    state = import_published(tmp_path / "e2e.pt", tmp_path / "c")
-    assert state["source"]["latent_norm"] == "none"
-    assert load_vae(str(tmp_path / "c")).latent_stats() is None
+    with pytest.raises(UserError, match=r"--scaling-factor \(0.18215 .* 0.13025 for SDXL"):
+        import_published(tmp_path / "e2e.pt", tmp_path / "c")
+    import_published(tmp_path / "e2e.pt", tmp_path / "c", scaling_factor=0.5)
+    assert load_vae(str(tmp_path / "c")).latent_stats()[1].tolist() == [2.0] * 4
 
 
 def test_malicious_files_beside_the_first_are_refused_too(tmp_path):
@@ -171,8 +239,8 @@ def test_malicious_files_beside_the_first_are_refused_too(tmp_path):
         ("vae.pt", {"discriminator": bomb}),
         ("sit.pt", {"vae": str(bomb)}),
     ):
-        with pytest.raises(UserError, match="is refused"):
-            import_published(tmp_path / file, tmp_path / "out", **options)
+        with pytest.raises(UserError, match=r"bomb\.pt"):
+            import_published(tmp_path / file, tmp_path / "out", time="repa", **options)
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
 
 
@@ -186,7 +254,9 @@ def edited(change) -> dict:
     ("changes", "message"),
     [
         ({"ema": lambda s: s.pop("blocks.1.mlp.fc2.bias")}, r"1 missing \(blocks.1.mlp.fc2.bias\)"),
-        ({"ema": lambda s: s.update(z=s["pos_embed"])}, r"1 unexpected \(z\)"),
+        ({"ema": lambda s: s.update(z=s["pos_embed"])}, "no SiT here has tensors z; if"),
+        ({"model": lambda s: s.update({"blocks.0.norm1.weight": s["pos_embed"]})},
+         r"has tensors blocks\.0\.norm1"),
         ({"model": lambda s: s.pop("pos_embed")}, r"model of .*1 missing \(pos_embed\)"),
         ({"ema": lambda s: s.pop("bn.running_var")}, r"1 missing \(bn.running_var\)"),
         ({"ema": lambda s: s.update(pos_embed=s["pos_embed"].repeat(1, 4, 1))},
@@ -216,7 +286,7 @@ def test_options_that_cannot_be_are_refused(joint, tmp_path):
     stats = stats_file(tmp_path / "s.pt", mean=(0.0, 1.0), var=(1.0, 1.0))
     with pytest.raises(UserError, match="is of 2 channels, the VAE has 4"):
         import_published(tmp_path / "vae.pt", tmp_path / "out", stats=stats)
-    torch.save(original_sit_state(5), tmp_path / "sit.pt")
-    with pytest.raises(UserError, match="holds no VAE: expected encoder"):
-        import_published(tmp_path / "sit.pt", tmp_path / "out", vae=str(tmp_path / "sit.pt"))
+    torch.save(original_sit_state(5), sit := tmp_path / "sit.pt")
+    with pytest.raises(UserError, match=r"sit\.pt.* encoder\.conv_in\.weight"):
+        import_published(sit, tmp_path / "out", vae=str(sit), time="repa")
     assert not (tmp_path / "out").exists()

@@ -5,11 +5,9 @@ import torch
 
 from models.checks.errors import UserError
 from models.discriminator import PatchGAN
-from models.vae import build_vae
 from tests.published_files import (
     HEADS,
     SIDE,
-    compvis_vae,
     disc_state,
     namespace,
     original_sit_state,
@@ -20,7 +18,6 @@ from utils.published.networks import (
     discriminator_from_state,
     sit_config,
     sit_from_state,
-    vae_from_state,
 )
 
 STATS = (torch.zeros(4), torch.ones(4))
@@ -86,6 +83,7 @@ def test_settings_that_are_no_positive_numbers_are_ignored(settings, expected):
     [
         ({}, None, "give --num-heads, a divisor of 48"),
         ({}, 7, "give --num-heads, a divisor of 48"),
+        ({"y_embedder.embedding_table.weight": torch.zeros(48, 5)}, HEADS, "table of a MaskDiT"),
         ({"pos_embed": torch.zeros(3, 3)}, HEADS, "has no pos_embed of 3 dimensions"),
         ({"blocks.0.mlp.fc1.weight": torch.zeros(0, 0)}, HEADS, "has no blocks.0.mlp.fc1.weight"),
         ({"blocks.0.attn.q_norm.weight": torch.ones(())}, None, "has no blocks.0.attn.q_norm"),
@@ -126,27 +124,3 @@ def test_the_discriminator_has_the_depth_width_and_norm_of_its_weights():
 def test_shapes_of_no_discriminator_are_named(state, message):
     with pytest.raises(UserError, match=message):
         discriminator_from_state(state, "x")
-
-
-def test_vaes_of_the_table_and_others_load_whatever_they_are_called():
-    published = compvis_vae()
-    found = vae_from_state(published.state_dict(), "x").double()
-    z = torch.randn(1, 4, SIDE, SIDE, dtype=torch.float64)
-    published = published.double()
-    with torch.no_grad():
-        expected = published.decoder(published.post_quant_conv(z))
-        torch.testing.assert_close(found.decode(z), expected, atol=1e-12, rtol=1e-12)
-    known = build_vae("tiny-f16d32")  # 8 norm groups: only the table knows
-    extras = {"linear_proj.weight": torch.zeros(1), "foundation_model.a": torch.zeros(1)}
-    found = vae_from_state(known.net.state_dict() | extras, "x")
-    assert found.net.config.norm_num_groups == 8 and not found.training
-
-
-def test_shapes_of_no_vae_are_named():
-    with pytest.raises(UserError, match="is no CompVis autoencoder"):
-        vae_from_state({"encoder.conv_in.weight": torch.zeros(2)}, "x")
-    # 48 channels do not divide into the 32 norm groups of every published file
-    state = {k: torch.zeros([48 if n == 32 else n for n in v.shape])
-             for k, v in compvis_vae().state_dict().items()}  # fmt: skip
-    with pytest.raises(UserError, match=r"shapes of no AutoencoderKL \(.*groups"):
-        vae_from_state(state, "x")

@@ -27,7 +27,7 @@ def fill(folder: Path, *parts: str) -> Path:
     """Something with the files of a checkpoint; nothing here reads what is in them."""
     for part in parts:
         (folder / part).mkdir(parents=True)
-        (folder / part / "config.json").write_text("{}")
+        (folder / part / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
         (folder / part / WEIGHTS).write_text(part)
     return folder
 
@@ -77,13 +77,24 @@ def test_a_folder_that_is_none_says_what_it_is(run, tmp_path):
     assert "has saved no checkpoint yet: wait for one" in list_checkpoints(tmp_path / "begun")
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     (tmp_path / "file").write_text("x")
+    (tmp_path / "0400000.pt").write_bytes(b"PK\3\4 0400000/data.pkl")
+    (tmp_path / "repa/checkpoints").mkdir(parents=True)
+    (tmp_path / "repa/checkpoints/0400000.pt").touch()
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate/model.safetensors").touch()
+    fill(tmp_path / "pipeline", "transformer", "vae")
     for given, words in {
         run.parent: "name one of the runs in it: a",
         vae: "it is a VAE alone",
-        run / "checkpoints/0000004/sit_ema": f"the folder around it, {run}/checkpoints/0000004",
+        run / "checkpoints/0000004/sit_ema": f"the checkpoint around it, {run}/checkpoints/0000004",
+        run / "checkpoints/0000004/vae" / WEIGHTS: f"around it, {run}/checkpoints/0000004",
+        tmp_path / "pipeline": "run scripts/import_official.py",
         tmp_path / "empty": "holds no whole checkpoint yet",
         tmp_path / "begun": "it is a run that has saved no checkpoint yet: wait for one",
         tmp_path / "file": "it is a text file",
+        tmp_path / "0400000.pt": "it is a PyTorch file; run scripts/import_official.py",
+        tmp_path / "repa": "of another implementation: run scripts/import_official.py",
+        tmp_path / "accelerate": "run scripts/import_official.py",
         tmp_path / "absent": "no such folder",
         run.parent / "abc": "no such folder",  # and not a repository of somebody called exps
     }.items():

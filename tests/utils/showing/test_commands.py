@@ -116,6 +116,7 @@ def test_samples_are_as_many_as_the_data_and_equally_many_of_each_class(monkeypa
         ("", DIGITS, "digits:all@16"),
         ("data.split=train", DIGITS, "digits:train@16"),
         ("data.source=folder data.path=a/b", DIGITS, "folder:a/b@16"),
+        ("data.source=tar data.path=a data.split=train", DIGITS, "tar:a@16,split=train"),
         (f"{PACKED} data.resolution=256", DIGITS, "packed:/c@256"),
         (f"{PACKED} data.resolution=256", Images(9, IMAGENET), "VIRTUAL_imagenet256_labeled.npz"),
         (f"{PACKED} data.resolution=128", Images(9, IMAGENET), "packed:/c@128"),

@@ -235,7 +235,7 @@ def test_a_checkpoint_is_described_and_must_fit(tmp_path, capsys):
     assert train_here(tmp_path, *more, "--dry-run") == 0
     assert f"that of {own}" in capsys.readouterr().out
     assert train_here(tmp_path, *more, "sit.hidden_size=64", "--dry-run") == 2
-    assert "sit/" in capsys.readouterr().err
+    assert "sit.hidden_size=32" in capsys.readouterr().err
     assert train_here(tmp_path, "sit.hidden_size=64", "--dry-run") == 2
     assert "sit.hidden_size" in capsys.readouterr().err
     assert not (tmp_path / "next").exists()

@@ -1,4 +1,4 @@
-"""The official REPA-E data layout: images.h5 with encoded images, and labels beside it."""
+"""The official REPA-E data layout: images.h5 with encoded images and their labels."""
 
 import io
 import itertools
@@ -7,30 +7,39 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from models.checks.errors import UserError
+from models.checks.errors import UserError, printable
 from models.checks.file_kinds import read_json, what_is
 from models.checks.values import convert
-from utils.data.base import Allocator, Names, Source, number_classes, printable, read_labels
-from utils.data.images import ImageFileError, UnreadableImageError, read_image
-from utils.data.listing import LABELS, is_image_name
+from utils.data.base import Allocator, EncodedSource, Names
+from utils.data.images import ImageFileError, UnreadableImageError
+from utils.data.labels import (
+    AUTO,
+    FOLDERS,
+    ONE_CLASS,
+    Labels,
+    labels_in_file,
+    name_classes,
+    one_class,
+    read_labels,
+)
+from utils.data.listing import LABELS, list_names
 
 LARGEST_FILE = 2**29  # bytes of one encoded image
 TRIED = 8  # names that are looked up at the start
 
 
-class Hdf5Source(Source):
+class Hdf5Source(EncodedSource):
     """images.h5 (one data set of encoded bytes for each image name), images_h5.json (the names),
-    dataset.json ({"labels": [[name, label], ...] or null}).
+    dataset.json ({"labels": [[name, label], ...] or null}): in images.h5, or beside it.
 
     Labels are joined to images by name. HDF5 handles do not survive a fork, so a process that may
     still fork (any but a worker) opens and closes the file for every image or batch.
     """
-
-    labels: np.ndarray
 
     def __init__(self, root: Path, resolution: int, split: str = "all") -> None:
         _import_h5py()
@@ -42,22 +51,42 @@ class Hdf5Source(Source):
             found = what_is(self._images)
             why = "not found" if found == "absent" else f"is {found}, expected an HDF5 file"
             raise UserError(f"{self._images} {why}; {layout}")
-        names = _listed_names(root / "images_h5.json", layout)
-        labels = read_labels(root / LABELS, names)
-        self.labels, self.classes, self.notes = number_classes(labels, None, root / LABELS)
-        self._names = Names(names)
+        names, ignored = _listed_names(root / "images_h5.json", layout)
         with self._open() as file:
+            inside = self._read(LABELS) if LABELS in file else None
+            self.labels, self.classes, notes = self._find_labels(names, inside)
+            self.notes = [*notes, *([ignored] if ignored else [])]
             for i in np.linspace(0, len(names) - 1, min(TRIED, len(names)), dtype=int).tolist():
                 self._find(file, names[i])
+        self._names = Names(names)
+
+    def _find_labels(self, names: list[str], inside: bytes | None) -> Labels:
+        """As `labels_from` says; of dataset.json, the one in images.h5 counts, if there is one."""
+        if self.labels_from == ONE_CLASS:
+            return one_class(len(names))
+        if self.labels_from == FOLDERS:
+            return name_classes([os.path.dirname(name) or "." for name in names])
+        if self.labels_from != AUTO:
+            return labels_in_file(Path(self.labels_from), names, self.words)
+        if inside is not None:
+            where = f"{LABELS} in {self._images}"
+            return read_labels(inside.rstrip(b"\0"), where, names, self.words)
+        record = self._images.parent / LABELS
+        if not record.is_file():
+            kind = what_is(record)
+            why = "not found" if kind == "absent" else f"is {kind}, expected a JSON file"
+            give = self.words.labels.format("FILE"), self.words.labels.format(ONE_CLASS)
+            raise UserError(f"{record} {why}, nor in images.h5; give {' or '.join(give)}")
+        return labels_in_file(record, names, self.words)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_file": None}
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        name = self._names[i]
-        encoded = io.BytesIO(self._read(name))
-        image = read_image(encoded, f"{name} in {self._images}", self.resolution)
-        return image, int(self.labels[i])
+    def encoded(self, i: int) -> BinaryIO:
+        return io.BytesIO(self._read(self._names[i]))
+
+    def where(self, i: int) -> str:
+        return f"{printable(self._names[i])} in {self._images}"
 
     def read_batch(
         self, indices: Sequence[int], empty: Allocator = torch.empty
@@ -85,6 +114,9 @@ class Hdf5Source(Source):
             where = f"{printable(name)} in {self._images}"
             try:
                 dtype = data.dtype
+                if dtype.kind == "O" and data.shape == ():  # text of any length, as of dataset.json
+                    value = data[()]
+                    return value.encode() if isinstance(value, str) else bytes(value)
                 is_bytes = dtype.kind in "VS" or (dtype.kind in "iu" and dtype.itemsize == 1)
                 if not is_bytes or data.size * dtype.itemsize > LARGEST_FILE:
                     reason = f"{data.shape} {dtype}, expected the bytes of an image file"
@@ -132,17 +164,19 @@ def _import_h5py():
     return h5py
 
 
-def _listed_names(path: Path, layout: str) -> list[str]:
-    """The names of images in images_h5.json, sorted; `UserError` if it is no such list."""
+def _listed_names(path: Path, layout: str) -> tuple[list[str], str]:
+    """The names of images in images_h5.json, sorted, and a line on the others; `UserError` if it is
+    no such list."""
     listed = read_json(path, layout)
     try:
         names = convert(listed, list[str])
     except UserError as error:
         raise UserError(f"{path} is no list of names: {error}; {layout}") from None
-    names = sorted(name for name in names if is_image_name(name))
+    listing = list_names(path, names)
+    names = sorted(itertools.chain(listing.flat, *listing.per_class.values()))
     if not names:
         raise UserError(f"{path} names no images; {layout}")
     twice = next((a for a, b in itertools.pairwise(names) if a == b), None)
     if twice is not None:
         raise UserError(f"{path} names {printable(twice)} twice; make it again")
-    return names
+    return names, listing.ignored_line()

@@ -15,10 +15,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,18 +27,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.checks.errors import UserError
+from models.checks.errors import UserError, printable
 from models.checks.values import RecordError
 from utils.data.base import (
+    SHOWN_CLASSES,
     Allocator,
     Source,
     content_of,
     image_hashes,
     join_hashes,
-    number_classes,
 )
 from utils.data.content import digests
-from utils.data.images import CROP_VERSION, UnreadableImageError, array_to_u8
+from utils.data.decoding.conversion import PLAIN, Conversion
+from utils.data.decoding.oddities import notes_on, watched
+from utils.data.images import CROP_VERSION, READ_CROPS, UnreadableImageError, array_to_u8
+from utils.data.labels import number_classes
+from utils.data.listing import IGNORED
 from utils.data.sharded import (
     KEYS,
     META,
@@ -69,6 +74,7 @@ class PackedMeta:
     num_images: int = number(at_least=1)
     shards: list[int] = number(at_least=0)  # images in each
     classes: list[str]
+    conversion: Conversion = PLAIN  # of the files that were packed
 
 
 @dataclass(kw_only=True)
@@ -79,6 +85,7 @@ class PackedShard:
     labels: list[int] = number(at_least=0)
     hashes: list[str]  # sha256 of the pixels
     skipped: list[tuple[str, str]]  # name and reason
+    oddities: dict[str, int] = field(default_factory=dict)  # `watched` of its images
 
     def __post_init__(self) -> None:
         counts = {len(self.keys), len(self.labels), len(self.hashes)}
@@ -97,6 +104,13 @@ class PackedSource(Source):
         super().__init__(root, resolution)
         self._again = again = AGAIN
         meta = _read_meta(root)
+        asked, self.conversion = self.conversion, meta.conversion
+        if asked not in (PLAIN, meta.conversion):
+            text = (
+                f"{root} was packed with {meta.conversion.describe() or 'the default conversion'}"
+            )
+            raise UserError(f"{text}, and holds no files to convert: leave {asked.describe()} out, "
+                            "or pack again")  # fmt: skip
         if meta.resolution != resolution:
             asked, held = map(self.words.resolution.format, (resolution, meta.resolution))
             raise UserError(
@@ -164,9 +178,9 @@ def _read_meta(root: Path) -> PackedMeta:
     """meta.json of packed data; `UserError` if it is absent, or of another format or crop."""
     other = "give the OUT of scripts/prepare_data.py, finished"
     meta = load_record(root / META, PackedMeta, remedy_for_meta(root, PACKED_FORMAT, AGAIN, other))
-    for name, wanted in (("format", PACKED_FORMAT), ("crop_version", CROP_VERSION)):
-        if (held := getattr(meta, name)) != wanted:
-            text = f"{root} was packed with {name.replace('_', ' ')} {held}, expected {wanted}"
+    for name, read in (("format", (PACKED_FORMAT,)), ("crop_version", READ_CROPS)):
+        if (held := getattr(meta, name)) not in read:
+            text = f"{root} was packed with {name.replace('_', ' ')} {held}, expected {read[-1]}"
             raise UserError(f"{text}; pack again with scripts/prepare_data.py")
     return meta
 
@@ -182,6 +196,7 @@ def packed_folder(out: Path, source: Source, name: str, shard_size: int) -> Shar
     side, num = source.resolution, len(source)
     plan = {"format": PACKED_FORMAT, "crop_version": CROP_VERSION, "resolution": side}
     plan |= {"shard_size": shard_size, "source": name, "num_listed": num}
+    plan |= {"conversion": source.conversion.record()}
     rows = {ARRAY: ((side, side, 3), np.uint8)}
     return ShardedFolder(out, plan=plan, num_items=num, shard_size=shard_size, rows=rows)
 
@@ -215,9 +230,11 @@ def _write_shards(mapper: Callable, source: Source, folder: ShardedFolder) -> No
         for shard in todo:
             path = folder.draft(shard)[ARRAY].filename
             tasks = [(path, *task) for task in enumerate(folder.items(shard))]
-            kept, record = [], {"keys": [], "labels": [], "hashes": [], "skipped": []}
-            for (_, row, i), (sha256, reason) in zip(tasks, mapper(tasks)):
+            record = {"keys": [], "labels": [], "hashes": [], "skipped": []}
+            kept, found = [], Counter()
+            for (_, row, i), (sha256, reason, oddities) in zip(tasks, mapper(tasks)):
                 if sha256:
+                    found += oddities
                     kept.append(row)
                     record["keys"].append(source.key(i))
                     record["labels"].append(source.label(i))
@@ -225,7 +242,7 @@ def _write_shards(mapper: Callable, source: Source, folder: ShardedFolder) -> No
                 else:
                     record["skipped"].append([source.key(i), " ".join(reason.split())])
                 bar.update()
-            folder.seal(shard, record, kept)
+            folder.seal(shard, record | {"oddities": found}, kept)
 
 
 def finish_packing(folder: ShardedFolder, source: Source) -> str:
@@ -240,20 +257,36 @@ def finish_packing(folder: ShardedFolder, source: Source) -> str:
     _check_shards(folder, records, source.resolution)
     write_lines(out / SKIPPED, [f"{key}\t{reason}" for key, reason in skipped])
     if not keys:
-        raise UserError(f"none of the {len(source)} images is readable; see {out / SKIPPED}")
+        first = f"{printable(skipped[0][0])}: {skipped[0][1]}"
+        text = f"none of the {len(source)} images is readable (the first, {first})"
+        raise UserError(f"{text}; see {out / SKIPPED}")
     number_classes(np.array(labels), source.classes, out)  # refuses other classes
     write_atomically(out / LABELS, lambda file: np.save(file, np.array(labels, dtype=np.int64)))
     write_lines(out / KEYS, keys)
+    oddities = sum((Counter(record.oddities) for record in records), Counter())
     lengths = [len(record.keys) for record in records]
     counts = {"num_images": len(keys), "num_skipped": len(skipped), "shards": lengths}
+    counts["oddities"] = dict(oddities)
     size = (source.resolution, source.resolution)
     counts["pixels_sha256"] = join_hashes(size, bytes.fromhex("".join(hashes)))
     folder.finish(folder.plan | counts | {"classes": list(source.classes)})
     size = sum(folder.file(ARRAY, shard).stat().st_size for shard in range(folder.num_shards))
-    return (
+    notes = notes_on(oddities, len(keys), source.conversion)
+    return "\n".join([
+        *(f"note: {note}" for note in [*notes, *_notes_on_absent(source, labels, out)]),
         f"packed {len(keys)} images, {source.num_classes} classes, {len(skipped)} skipped, "
         f"{size} bytes; use: data.source=packed data.path={out} data.resolution={source.resolution}"
-    )
+    ])  # fmt: skip
+
+
+def _notes_on_absent(source: Source, labels: Sequence[int], out: Path) -> Iterator[str]:
+    """What was not packed: classes, files that are no pictures by their names."""
+    packed = set(labels)
+    if absent := [name for label, name in enumerate(source.classes) if label not in packed]:
+        what = "1 class" if len(absent) == 1 else f"{len(absent)} classes"
+        names = ", ".join(map(printable, absent[:SHOWN_CLASSES]))
+        yield f"no picture of {what} can be read: {names}; see {out / SKIPPED}"
+    yield from (note for note in source.notes if note.startswith(IGNORED))
 
 
 def _check_shards(folder: ShardedFolder, records: Sequence[PackedShard], side: int) -> None:
@@ -303,15 +336,16 @@ def _open_rows(path: str) -> np.ndarray:
     return np.load(path, mmap_mode="r+")
 
 
-def _pack_image(task: tuple[str, int, int]) -> tuple[str, str]:
+def _pack_image(task: tuple[str, int, int]) -> tuple[str, str, Counter[str]]:
     """Write image `index` into row `row` of the array at `path`; returns the sha256 of its pixels
-    and "", or "" and why it is unreadable."""
+    and "", or "" and why it is unreadable; and what is odd about it."""
     path, row, index = task
     try:
         assert _source is not None
-        image, _ = _source[index]
+        with watched() as oddities:
+            image, _ = _source[index]
     except UnreadableImageError as error:
-        return "", error.reason
+        return "", error.reason, Counter()
     pixels = image.permute(1, 2, 0).numpy()
     _open_rows(path)[row] = pixels
-    return image_hashes(pixels).hex(), ""
+    return image_hashes(pixels).hex(), "", oddities

@@ -3,6 +3,7 @@
 Nothing is resized here (a resize before Inception changes every number), nothing converted.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,20 @@ import torch
 from models.checks.errors import UserError
 from models.checks.file_kinds import what_is
 from utils.cli import SourceWords, expand_path
-from utils.data.base import Source, hash_lines
+from utils.data.base import Source, hash_lines, notes_on_pictures
 from utils.data.content import file_sha256s
+from utils.data.decoding import oddities
+from utils.data.decoding.conversion import PLAIN, Conversion
+from utils.data.decoding.formats import LOSSY
+from utils.data.decoding.pixels import is_deep_colour, stored_as, to_rgb
 from utils.data.images import open_image
+from utils.data.labels import ONE_CLASS
 from utils.data.listing import IGNORED, list_images
-from utils.data.registry import RESOLUTION, open_source, source_class
+from utils.data.registry import RESOLUTION, conversion, open_source, source_class
 from utils.data.sharded import META
 from utils.data.sources.packed import PACKED_FORMAT
 from utils.evaluation.images.beside import record_beside
-from utils.evaluation.images.naming import IMAGES, SOURCE_SPEC, is_source
+from utils.evaluation.images.naming import IMAGES, SOURCE_SPEC, is_source, spec_of
 from utils.evaluation.images.npz_images import (
     ArrayImages,
     ImageSet,
@@ -27,6 +33,8 @@ from utils.evaluation.images.npz_images import (
     open_array_file,
 )
 from utils.files import read_record
+
+ALL_TAKEN = "all images are taken, though "  # how a note begins where labels are wanting
 
 
 def open_images(spec, resolution: int | None = None, split: str = "all") -> ImageSet:
@@ -67,7 +75,8 @@ def _open_packed(path: Path) -> tuple[Source, str] | None:
 
 def words_of(name: str) -> SourceWords:
     """How the user names what a spec of the source `name` consists of."""
-    return SourceWords("{}:PATH", f"{name}:{{}}", "@{}", f"{name}:{{}}")
+    split = "PATH,split={}" if source_class(name).needs_path else "{}"
+    return SourceWords("{}:PATH", f"{name}:{{}}", "@{}", f"{name}:{split}")
 
 
 def parse_source(spec: str, resolution: int | None, split: str = "all") -> tuple[Source, str]:
@@ -76,22 +85,39 @@ def parse_source(spec: str, resolution: int | None, split: str = "all") -> tuple
     match = SOURCE_SPEC.fullmatch(spec)
     if not match:
         raise UserError(f"{spec!r}: no such file or folder; expected {IMAGES}")
-    name, path, at = match.groups()
-    path = path and Path(expand_path(path))
+    name, given, at, part, exif, *depth = match.groups()
+    path = Path(expand_path(given)) if given else None
     resolution = int(at) if at else resolution or RESOLUTION
-    words = words_of(name)
-    cls = source_class(name, words=words)
-    if not cls.needs_path:
-        if path and split not in ("all", str(path)):
-            raise UserError(f"--split {split}: {spec} asks for another part; leave one of them out")
-        path, split = None, str(path or split)
-    elif split not in cls.splits:
+    how = conversion(bool(exif), [int(end) for end in depth if end], spec)
+    cls = source_class(name, words=words_of(name))
+    part = part or (None if cls.needs_path or not path else str(path))
+    if part and split not in ("all", part):
+        raise UserError(f"--split {split}: {spec} asks for another part; leave one of them out")
+    if part is None and split not in cls.splits:
         raise UserError(f"--split {split}: the source {name} has {', '.join(cls.splits)}")
-    elif name == "packed" and path and not at and (packed := _open_packed(path)):
+    split = part or split
+    if name == "packed" and path and not at and how == PLAIN and (packed := _open_packed(path)):
         return packed
-    part = split if len(cls.splits) > 1 else ""
-    full = ":".join(filter(None, (name, str(path or ""), part)))
-    return open_source(name, path, resolution, split, words), f"{full}@{resolution}"
+    source = _open(name, path, resolution, split, how)
+    if cls.needs_path:
+        return source, spec_of(name, path, resolution, split, how)
+    return source, spec_of(name, split if len(cls.splits) > 1 else "", resolution)
+
+
+def _open(name: str, path: Path | None, resolution: int, split: str, how: Conversion) -> Source:
+    """A source whose labels nobody needs here: where it does not tell them, all images are taken,
+    in one class, and a note says why."""
+    words = words_of(name)
+    try:
+        return open_source(name, path, resolution, split, words, how)
+    except UserError as error:
+        if source_class(name, split, words).takes_labels:
+            with suppress(UserError):
+                source = open_source(name, path, resolution, split, words, how, ONE_CLASS)
+                why = str(error).partition("; ")[0]  # without the remedy, which is about labels
+                source.notes = [*source.notes, ALL_TAKEN + why]
+                return source
+        raise
 
 
 class FolderImages(ImageSet):
@@ -105,10 +131,11 @@ class FolderImages(ImageSet):
         found = list_images(root)
         found.require_images("give the folder of the images")
         self.root, self.name, self.names = root, str(root), found.in_natural_order()
-        self.lossy = any(name.lower().endswith((".jpg", ".jpeg", ".webp")) for name in self.names)
+        self.lossy = any(name.lower().endswith(LOSSY) for name in self.names)
+        self.size = _decode(root / self.names[0], None).shape[:2]
         ignored = found.ignored_line()
         self.notes = [ignored] if ignored else []
-        self.size = _decode(root / self.names[0], None).shape[:2]
+        self.notes += oddities.sample(lambda i: self.read(i, i + 1), len(self), PLAIN)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -128,10 +155,13 @@ def _decode(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path} is {what_is(path)}, expected an image: repair or remove it")
     with open_image(path, str(path)) as image:
-        if image.mode != "RGB":
-            raise UserError(f"{path}: mode {image.mode}, expected 8-bit RGB; convert it, or read "
+        what = "16-bit colour" if is_deep_colour(image, stored_as(image)) else f"mode {image.mode}"
+        if "transparency" in image.info:
+            what += ", transparent"
+        if what != "mode RGB":
+            raise UserError(f"{path}: {what}, expected 8-bit RGB; convert it, or read "
                             "the folder as data: folder:DIR@RES crops and converts")  # fmt: skip
-        array = np.asarray(image)
+        array = np.asarray(to_rgb(image))
     if size is not None and array.shape[:2] != tuple(size):
         (h, w), (first_h, first_w) = array.shape[:2], size
         raise UserError(f"{path} is {h}x{w}, the first image {first_h}x{first_w}: expected one "
@@ -148,7 +178,8 @@ class SourceImages(ImageSet):
 
     def __init__(self, source: Source, name: str):
         self.source, self.name, self.size = source, name, (source.resolution, source.resolution)
-        self.notes = [note for note in source.notes if note.startswith(IGNORED)]
+        self.notes = [note for note in source.notes if note.startswith((IGNORED, ALL_TAKEN))]
+        self.notes += notes_on_pictures(source)
 
     def __len__(self) -> int:
         return len(self.source)
