@@ -113,7 +113,7 @@ def test_what_is_no_checkpoint_is_named_and_the_right_one_with_it(checkpoint, tm
     Checkpoints(run).save(7, write, {})
     newest = run / "checkpoints" / "0000007"
     assert sample(newest / "sit_ema", tmp_path / "o.npz") == 2
-    assert f"name the folder around it, {newest}" in capsys.readouterr().err
+    assert f"name the checkpoint around it, {newest}" in capsys.readouterr().err
     assert sample(newest, tmp_path / "o.npz") == 0
     capsys.readouterr()
     for name in (run, run / "checkpoints"):
