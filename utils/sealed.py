@@ -23,7 +23,7 @@ from typing import Any
 
 from loss.interpolant import PATHS
 from models.checks.errors import UserError
-from models.checks.file_kinds import WEIGHT_FILES, read_json, what_is
+from models.checks.file_kinds import WEIGHT_ENDINGS, WEIGHT_FILES, read_json, what_is
 from models.checks.values import RecordError
 from models.weights.configs import CONFIG, read_config
 from utils.files import files_below, sha256_file, sync, sync_tree
@@ -255,5 +255,4 @@ def _is_vae(folder: Path) -> bool:
 
 
 def _has_weights(folder: Path) -> bool:
-    endings = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-    return any(file.suffix in endings for file in folder.glob("*.*"))
+    return any(file.suffix in WEIGHT_ENDINGS for file in folder.glob("*.*"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from models.autoencoders.families import VAES
 from models.autoencoders.names import ALIASES, short_name
 from models.checks.errors import UserError, same_letters
-from models.checks.file_kinds import advice_on_shards, what_is
+from models.checks.file_kinds import WEIGHT_ENDINGS, advice_on_shards, what_is
 from models.weights.configs import CONFIG, WEIGHTS
 from models.weights.hub import snapshot_in
 from models.weights.published import WeightFile
@@ -20,7 +20,7 @@ FOLDER_FILES = (f"{STEM}{{}}.safetensors", f"{STEM}.safetensors.index{{}}.json",
 VARIANT = re.compile(
     rf"{STEM}(?:\.(?:safetensors|bin)\.index)?(\.(?!safetensors|bin)\w+)\.(?:safetensors|bin|json)"
 )
-STATE_FILES = (".pt", ".ckpt", ".pth", ".safetensors", ".bin", ".sft", ".tar")
+STATE_FILES = (*WEIGHT_ENDINGS, ".sft", ".tar")
 SETTING = "vae.weights={}"
 IN_PLACE = "DIR in place of its name"  # wherever a VAE is named, in a config or behind a flag
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from models.checks.errors import UserError
-from models.checks.file_kinds import advice_on_shards, what_is
+from models.checks.file_kinds import WEIGHT_ENDINGS, advice_on_shards, what_is
 from models.weights.hub import snapshot_in
 from models.weights.loading import first_names
 
@@ -16,7 +16,7 @@ NAMES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".tar")
+ENDINGS = (*WEIGHT_ENDINGS, ".tar")
 
 
 def weights_in(path: Path) -> Path:

@@ -16,6 +16,8 @@ PICKLE = "a Python pickle"
 INDEX = "an index of weights in several files"
 PICKLES = (PYTORCH, OLD_PYTORCH, PICKLE)
 WEIGHT_FILES = (SAFETENSORS, INDEX, *PICKLES)
+# how names of weight files end, where one is looked for in a folder; content tells what it is
+WEIGHT_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 # a path of these is not a regular file, and is never opened
 PLACES = {
     stat.S_IFDIR: "a folder",
@@ -60,7 +62,7 @@ BEGINNINGS = {
 }
 # a file in the folder of a checkpoint that many ranks have written => what it is, and what to do
 SHARDED = {
-    ".metadata": "a checkpoint of torch.distributed in parts: make one file of it with `python -m "
+    ".metadata": "torch's distributed checkpoint, in parts: make one file of it with `python -m "
     "torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE`",
     "zero_to_fp32.py": "a checkpoint of DeepSpeed in parts: make one file of it with its own "
     "zero_to_fp32.py",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 from collections.abc import Sequence
-from fnmatch import fnmatch
+from fnmatch import fnmatch, translate
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -72,6 +73,8 @@ KINDS = (
         *("", "videos: write their frames as files (ffmpeg -i FILE FOLDER/%06d.png)"),
     ),
 )
+# matches the names, in lower case, that one of these patterns does: a folder may hold a million
+ANY_KIND = re.compile("|".join(translate(each) for patterns, *_ in KINDS for each in patterns))
 # The same of a file in the place of a folder: words of `what_is`, and what to do.
 CONTENTS = (
     ("a zip archive", "read it in place, with {zip}, or unpack it, and give the folder"),
@@ -181,8 +184,9 @@ def _names_in(folder: Path) -> list[str]:
 
 def _kind_of(names: Sequence[str]) -> tuple[str, str, str]:
     """The first of `KINDS` that one of these names tells: the name, the source, what to do."""
+    known = [name for name in names if ANY_KIND.match(name.lower())]
     for patterns, source, text in KINDS:
-        for name in names:
+        for name in known:
             if any(fnmatch(name.lower(), pattern) for pattern in patterns):
                 return name, source, text
     return "", "", ""

@@ -17,7 +17,7 @@ from torch import Tensor
 from models.autoencoders.others import refuse_tensors
 from models.autoencoders.stored import FIRST as VAE_KEY
 from models.checks.errors import UserError
-from models.checks.file_kinds import what_is
+from models.checks.file_kinds import WEIGHT_ENDINGS, advice_on_shards, what_is
 from models.checks.values import Range
 from models.weights.configs import CONFIG
 from models.weights.finding import NotFound, each_tensor, find_state, tensor_names
@@ -145,16 +145,15 @@ def find_weights(path: Path) -> Path:
     places = [path / part / name for part in PARTS for name in IN_FOLDER]
     if found := next((place for place in places if place.is_file()), None):
         return found
-    endings, parts = ("pt", "pth", "ckpt", "bin", "safetensors"), ("", "checkpoints/")
-    files = sorted(p for end in endings for part in parts for p in path.glob(f"{part}*.{end}"))
+    files = sorted(p for end in WEIGHT_ENDINGS for part in ("", "checkpoints/")
+                   for p in path.glob(f"{part}*{end}"))  # fmt: skip
     if len(files) == 1:
         return files[0]
     if files:
         listed = first_names([str(file.relative_to(path)) for file in files])
         raise UserError(f"{path} is a folder of {len(files)} weight files ({listed}): name one")
-    if any(path.glob("*.distcp")):
-        join = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE"
-        raise UserError(f"{path} is torch's distributed checkpoint, in parts: run `{join}`")
+    if advice := advice_on_shards(path):
+        raise UserError(f"{path} is {advice}, and name that")
     raise UserError(f"{path} is a folder without weights: none of {', '.join(IN_FOLDER[:3])}")
 
 

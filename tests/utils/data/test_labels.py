@@ -164,6 +164,10 @@ def test_storage_folders_are_said_and_the_switch_is_named(tmp_path):
     (tmp_path / "classes.csv").write_text(lines(","))
     assert f"data.labels={tmp_path}/classes.csv" in labels_of(tmp_path)[1]
     assert labels_of(tmp_path, labels=str(tmp_path / "classes.csv")) == (EXPECTED, "")
+    inner = (tmp_path / "classes.csv").rename(tmp_path / "00002" / "classes.csv")
+    (tmp_path / "a.heic").touch()  # the root is listed first
+    notes = labels_of(tmp_path, labels=str(inner))[1]
+    assert "ignored: 1 .heic" in notes and ".csv" not in notes
 
 
 def test_data_labels_overrules_dataset_json(tmp_path):

@@ -65,8 +65,8 @@ class Classes:
             found = one_class(len(names))
         elif rule not in (AUTO, FOLDERS):
             found = labels_in_file(Path(rule), names, self.words)
-            same = (each for each in self.listing.ignored if self.root / each.path == Path(rule))
-            self.listing.ignored = [e for e in self.listing.ignored if e not in [*same]]
+            others = (i for i in self.listing.ignored if self.root / i.path != Path(rule))
+            self.listing.ignored = [*others]
         else:
             by_record = self._by_dataset_json(names) if rule == AUTO else None
             names, found = (names, by_record) if by_record else self._by_folders()
